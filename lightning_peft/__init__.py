@@ -1,0 +1,33 @@
+"""Parameter-efficient fine-tuning at home in Lightning: one callback, adapter-only checkpoints."""
+
+from lightning_peft import methods
+from lightning_peft.core.activation import activate, active, active_adapters, disabled
+from lightning_peft.core.injection import inject, remove
+from lightning_peft.core.merging import merge, merged
+from lightning_peft.core.method import Method
+from lightning_peft.core.report import Report, report
+from lightning_peft.errors import PEFTError
+from lightning_peft.methods import *  # noqa: F403
+from lightning_peft.training.callback import PEFTCallback
+from lightning_peft.training.module import PEFTModule, load_from_checkpoint
+
+__version__ = "0.1.0"
+__all__ = [
+    "Method",
+    "PEFTCallback",
+    "PEFTError",
+    "PEFTModule",
+    "Report",
+    "activate",
+    "active",
+    "active_adapters",
+    "disabled",
+    "inject",
+    "load_from_checkpoint",
+    "merge",
+    "merged",
+    "methods",
+    "remove",
+    "report",
+    *methods.__all__,
+]

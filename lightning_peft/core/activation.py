@@ -1,0 +1,57 @@
+"""Which adapters of a model act."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lightning_peft.core.registry import Registry, find_adapter, registries
+
+
+def activate(model: nn.Module, *names: str) -> None:
+    """Let exactly the adapters ``names`` act and train, in that order. No weight is touched.
+
+    Raises:
+        AdapterNameError: one of them is not there.
+    """
+    for registry, chosen in _choose(model, names):
+        registry.activate(chosen)
+        for name in registry.attachments:
+            for _, adapter in registry.adapters(name):
+                adapter.train_parameters(name in chosen)
+
+
+@contextmanager
+def active(model: nn.Module, *names: str) -> Iterator[None]:
+    """Within the ``with`` block, let exactly the adapters ``names`` act. What trains stays as it is.
+
+    Raises:
+        AdapterNameError: one of them is not there.
+    """
+    chosen = _choose(model, names)
+    before = [(registry, registry.active) for registry, _ in chosen]
+    try:
+        for registry, acting in chosen:
+            registry.activate(acting)
+        yield
+    finally:
+        for registry, acting in before:
+            registry.activate(acting)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the ``with`` block the model is its base: no adapter acts, saved modules use their original weights."""
+    with active(model):
+        yield
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that act."""
+    return tuple(name for _, _, registry in registries(model) for name in registry.active)
+
+
+def _choose(model: nn.Module, names: tuple[str, ...]) -> list[tuple[Registry, tuple[str, ...]]]:
+    for name in names:
+        find_adapter(model, name)
+    return [(registry, tuple(n for n in names if n in registry.attachments)) for _, _, registry in registries(model)]

@@ -1,0 +1,123 @@
+"""The adapter's part of a checkpoint: its tensors, and the record that lets it be attached and checked again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_peft.core.fingerprint import check_base, fingerprint
+from lightning_peft.core.injection import inject
+from lightning_peft.core.method import Method
+from lightning_peft.core.registry import registries, registry_of
+from lightning_peft.core.saved import resolve_saved
+from lightning_peft.errors import AdapterKeyError, CheckpointError, did_you_mean
+
+RECORD = "lightning_peft"
+"""The key of a ``.ckpt`` under which the record lies."""
+VERSION = 1
+
+
+def adapter_keys(model: nn.Module) -> frozenset[str]:
+    """The state-dict keys of every adapter at or below ``model``."""
+    return frozenset(
+        f"{path}.{key}" if path else key for path, _, registry in registries(model) for key in registry.own_keys()
+    )
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of every adapter at or below ``model``, by state-dict key."""
+    keys = adapter_keys(model)
+    return {key: tensor for key, tensor in model.state_dict().items() if key in keys}
+
+
+def record(model: nn.Module) -> dict[str, Any]:
+    """Describe the adapters at or below ``model`` and their base, in primitives and tensors."""
+    adapters = {
+        f"{path}:{name}": {"path": path, "name": name, "method": attachment.method.to_config()}
+        for path, _, registry in registries(model)
+        for name, attachment in registry.attachments.items()
+    }
+    return {"version": VERSION, "adapters": adapters, "base": fingerprint(model)}
+
+
+def attach_recorded(model: nn.Module, recorded: Any) -> None:
+    """Attach what a record describes, or check that what is attached already is the same.
+
+    Raises:
+        BaseMismatchError: the adapters were trained on another base.
+        CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached.
+    """
+    entries = _read(recorded)
+    attached = {(path, name): a.method for path, _, r in registries(model) for name, a in r.attachments.items()}
+    if missing := [name for path, name in attached if (path, name) not in entries]:
+        raise CheckpointError(
+            f"The file holds no adapter {missing[0]!r}; it holds {', '.join(repr(name) for _, name in entries)}. "
+            "Use the adapter names that the file was written with."
+        )
+    saved: list[str] = []
+    for (path, name), method in entries.items():
+        if (present := attached.get((path, name))) and present.to_config() != method.to_config():
+            raise CheckpointError(f"Adapter {name!r} of the file is another one: {_differences(method, present)}.")
+        try:
+            owner = model.get_submodule(path)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"The file's adapter {name!r} belongs on '{path}', and {type(model).__name__} has no such module. "
+                "Load it into the class it was trained in."
+            ) from error
+        saved += [f"{path}.{top}" if path else top for top in resolve_saved(owner, method.modules_to_save)]
+    check_base(model, recorded["base"], tuple(saved))
+    for (path, name), method in entries.items():
+        if (path, name) not in attached:
+            inject(model.get_submodule(path), method, name)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Check that ``state`` holds the adapters of ``model`` and nothing else.
+
+    Raises:
+        AdapterKeyError: a tensor is missing, left over, or of another shape.
+    """
+    wanted = adapter_state(model)
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise AdapterKeyError(
+            f"The file lacks {len(missing)} of {len(wanted)} adapter tensors, first '{missing[0]}'. It is damaged, or "
+            "was written with other settings."
+        )
+    if extra := sorted(state.keys() - wanted.keys()):
+        raise AdapterKeyError(
+            f"The file holds {len(extra)} tensors that belong to no adapter of {type(model).__name__}, first "
+            f"'{extra[0]}'.{did_you_mean(extra[0], wanted)}"
+        )
+    for key, tensor in wanted.items():
+        if not isinstance(state[key], Tensor) or state[key].shape != tensor.shape:
+            found = list(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
+            raise AdapterKeyError(f"'{key}' is {found} in the file and must have shape {list(tensor.shape)}.")
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether anything was injected on ``model`` itself or below."""
+    return registry_of(model) is not None or any(True for _ in registries(model))
+
+
+def _read(recorded: Any) -> dict[tuple[str, str], Method]:
+    """The adapters of a record, by (path, name)."""
+    if not isinstance(recorded, Mapping) or not isinstance(recorded.get("version"), int):
+        raise CheckpointError(
+            f"The '{RECORD}' record of this file is damaged: {type(recorded).__name__} without a version."
+        )
+    if recorded["version"] > VERSION:
+        raise CheckpointError(
+            f"The file was written by a newer lightning_peft (record version {recorded['version']}; this one reads up "
+            f"to {VERSION}). Upgrade lightning_peft."
+        )
+    try:
+        return {(e["path"], e["name"]): Method.from_config(e["method"]) for e in recorded["adapters"].values()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"The '{RECORD}' record of this file is damaged ({error!r}).") from error
+
+
+def _differences(there: Method, here: Method) -> str:
+    file, own = there.to_config(), here.to_config()
+    keys = [key for key in {**file, **own} if file.get(key) != own.get(key)]
+    return ", ".join(f"{key} is {file.get(key)!r} in the file and {own.get(key)!r} here" for key in keys)

@@ -1,0 +1,52 @@
+"""Freezing a base: no gradients, no running statistics that drift, and strict loading without the base's own keys."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_peft.core.adapter import base_modules
+from lightning_peft.core.registry import Registry, registry_of
+
+
+def freeze(model: nn.Module, registry: Registry, saved: Sequence[str]) -> None:
+    """Freeze ``model`` and note in ``registry`` how to undo it; ``saved`` modules keep their running statistics."""
+    registry.trained_before = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path, module in base_modules(model):
+        keeps = any(path == top or path.startswith(f"{top}.") for top in saved)
+        if isinstance(module, _NormBase) and module.running_mean is not None and not keeps:
+            registry.handles.append(module.register_forward_pre_hook(_stay_in_eval))
+    registry.handles.append(model.register_load_state_dict_pre_hook(_complete_with_base))
+
+
+def unfreeze(model: nn.Module, registry: Registry) -> None:
+    """Undo :func:`freeze`."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in registry.trained_before:
+            parameter.requires_grad_(True)
+    for handle in registry.handles:
+        handle.remove()
+    registry.handles.clear()
+
+
+def _stay_in_eval(norm: nn.Module, args: tuple[Any, ...]) -> None:
+    # In train mode a frozen BatchNorm would still move its running statistics, which no adapter file holds.
+    norm.training = False
+
+
+def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Let a state dict that holds adapters alone load strictly: the base's part is taken to be what is here.
+
+    A state dict with some of the base's keys is left alone, so that torch's own check still finds what it lacks.
+    """
+    registry = registry_of(model)
+    if registry is None:
+        return
+    own = registry.own_keys()
+    # keep_vars: torch skips the copy of a tensor onto itself, so this costs nothing.
+    base = {f"{prefix}{key}": value for key, value in model.state_dict(keep_vars=True).items() if key not in own}
+    if not state_dict.keys() & base.keys():
+        state_dict.update(base)

@@ -1,0 +1,54 @@
+"""The part of a transformers model that is not its pretrained base, recognised by the model's own interface."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+def task_heads(model: nn.Module) -> list[str]:
+    """Paths of the task heads: new layers beside the base model, such as ``classifier``.
+
+    A language-model head is pretrained and is no task head. Networks other than transformers models have none.
+    """
+    heads: list[str] = []
+    for path, pretrained in _pretrained_models(model):
+        if pretrained.get_output_embeddings() is None:
+            heads += _beside_base(path, pretrained)
+    return heads
+
+
+def outside_base(model: nn.Module) -> list[str]:
+    """Paths of everything in transformers models that is not the base model: task heads and output embeddings."""
+    paths: list[str] = []
+    for path, pretrained in _pretrained_models(model):
+        paths += _beside_base(path, pretrained)
+        output = pretrained.get_output_embeddings()
+        paths += [_join(path, name) for name, module in pretrained.named_modules() if module is output]
+    return paths
+
+
+def _pretrained_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The outermost transformers models, known by what every ``PreTrainedModel`` offers; nothing is imported."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
+        if not inside and hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings"):
+            found.append(path)
+            yield path, module
+
+
+def _beside_base(path: str, pretrained: Any) -> list[str]:
+    base = pretrained.base_model
+    if base is pretrained:
+        return []
+    inside_base = {id(parameter) for parameter in base.parameters()}
+    return [
+        _join(path, name)
+        for name, child in pretrained.named_children()
+        if child is not base and any(id(parameter) not in inside_base for parameter in child.parameters())
+    ]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

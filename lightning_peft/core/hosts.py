@@ -1,0 +1,219 @@
+"""Every layer type that can carry a weight-shaped adapter, each seen as one matrix of shape (out, in).
+
+A :class:`Host` is one weight of one module. Its :class:`Layout` says how the weight turns into a matrix and back, and
+how the two halves of a low-rank product act on the layer's input and output. A new layer type is a layout (if none
+fits) and one function registered with :func:`weights_of`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_peft.core.adapter import base_modules
+from lightning_peft.errors import NotApplicableError
+from lightning_peft.optional import hf_conv1d
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A weight stored as (out, in), as ``nn.Linear`` does."""
+
+    out_features: int
+    in_features: int
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """View the layer's own ``weight`` as (out, in)."""
+        return weight
+
+    def native(self, matrix: Tensor) -> Tensor:
+        """Give ``matrix`` (out, in) the shape of the layer's own weight."""
+        return matrix
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        """Apply ``a`` (r, in) to the layer's input: (..., in) -> (..., r)."""
+        return F.linear(x, a)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        """Apply ``b`` (out, r) to what :meth:`down` made: (..., r) -> (..., out)."""
+        return F.linear(h, b)
+
+
+@dataclass(frozen=True)
+class TransposedLayout(Layout):
+    """A weight stored as (in, out): the ``Conv1D`` of GPT-2."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def native(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+
+@dataclass(frozen=True)
+class EmbeddingLayout(TransposedLayout):
+    """A table (entries, features), seen as (features, entries): its input is an index, that is, a one-hot vector."""
+
+    padding_idx: int | None = None
+    scale_grad_by_freq: bool = False
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.embedding(x, a.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+
+@dataclass(frozen=True)
+class ConvLayout(Layout):
+    """A kernel (out, in / groups, *k), seen as (out, in / groups · prod k): with groups, all groups share ``a``."""
+
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    border: tuple[int, ...] = ()  # of torch.nn.functional.pad, where padding_mode is not "zeros"
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def native(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(matrix.shape[0], -1, *self.kernel)
+
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.border, mode=self.padding_mode), 0  # type: ignore[assignment]
+        kernel = self.native(a)
+        if self.groups > 1:
+            kernel = kernel.repeat(self.groups, *[1] * (kernel.dim() - 1))  # (groups · r, in / groups, *k)
+        return self._convolve(x, kernel, None, self.stride, padding, self.dilation, self.groups)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        return self._convolve(h, b.reshape(*b.shape, *[1] * len(self.kernel)), groups=self.groups)
+
+    def _convolve(self, *args: Any, **kwargs: Any) -> Tensor:
+        convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]
+        out: Tensor = convolve(*args, **kwargs)
+        return out
+
+
+@dataclass(frozen=True)
+class Host:
+    """One weight of one module of a model."""
+
+    name: str
+    """What target patterns match: ``encoder.0.self_attn.in_proj``."""
+    path: str
+    """Path of the module whose forward runs: ``encoder.0.self_attn``."""
+    module: nn.Module
+    parameter: str
+    """Path of the weight from the module: ``in_proj_weight``, ``out_proj.weight``."""
+    layout: Layout
+    reads_weight: bool = False
+    """Whether the module reads this weight in a larger computation, so that only the weight can be adapted."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself, in the layer's own shape."""
+        return self.module.get_parameter(self.parameter)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the weight is a matrix that multiplies a vector of features (not a kernel, not a table)."""
+        return type(self.layout) in (Layout, TransposedLayout)
+
+    @property
+    def part(self) -> str:
+        """The part of a slot's name that tells this weight from the module's others; empty for the usual one."""
+        return "" if self.parameter == "weight" else self.parameter.replace(".", "_")
+
+
+@singledispatch
+def weights_of(module: nn.Module) -> tuple[tuple[str, str, Layout, bool], ...]:
+    """The weights of ``module`` that can be adapted: (name below the module, parameter, layout, read by the module)."""
+    if (conv1d := hf_conv1d()) and isinstance(module, conv1d):
+        size_in, size_out = module.weight.shape
+        return (("", "weight", TransposedLayout(size_out, size_in), False),)
+    return ()
+
+
+@weights_of.register
+def _(module: nn.Linear) -> tuple[tuple[str, str, Layout, bool], ...]:
+    return (("", "weight", Layout(module.out_features, module.in_features), False),)
+
+
+@weights_of.register
+def _(module: nn.Embedding) -> tuple[tuple[str, str, Layout, bool], ...]:
+    layout = EmbeddingLayout(module.embedding_dim, module.num_embeddings, module.padding_idx, module.scale_grad_by_freq)
+    return (("", "weight", layout, False),)
+
+
+@weights_of.register(nn.Conv1d)
+@weights_of.register(nn.Conv2d)
+@weights_of.register(nn.Conv3d)
+def _(module: Any) -> tuple[tuple[str, str, Layout, bool], ...]:
+    layout = ConvLayout(
+        module.out_channels,
+        module.weight[0].numel(),
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        module.padding if isinstance(module.padding, str) else tuple(module.padding),
+        tuple(module.dilation),
+        module.groups,
+        module.padding_mode,
+        tuple(module._reversed_padding_repeated_twice),
+    )
+    return (("", "weight", layout, False),)
+
+
+@weights_of.register
+def _(module: nn.MultiheadAttention) -> tuple[tuple[str, str, Layout, bool], ...]:
+    d = module.embed_dim
+    if module.in_proj_weight is not None:
+        inputs = [("in_proj", "in_proj_weight", Layout(3 * d, d), True)]
+    else:
+        sizes = {"q_proj": d, "k_proj": module.kdim, "v_proj": module.vdim}
+        inputs = [(name, f"{name}_weight", Layout(d, size), True) for name, size in sizes.items()]
+    # out_proj is a module, but its forward never runs: the attention reads its weight.
+    return (*inputs, ("out_proj", "out_proj.weight", Layout(d, d), True))
+
+
+def find_hosts(model: nn.Module) -> Iterator[Host]:
+    """Yield every host of ``model``, in the order of its modules.
+
+    Raises:
+        NotApplicableError: a lazy layer has no weight yet.
+    """
+    claimed: set[int] = set()
+    for path, module in base_modules(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, UninitializedParameter):
+                raise NotApplicableError(
+                    f"{type(module).__name__} at '{path}' has no {name} yet (a lazy layer). "
+                    "Run one batch through the model before adding an adapter."
+                )
+        if id(module) in claimed:
+            continue
+        for suffix, parameter_path, layout, reads_weight in weights_of(module):
+            owner = parameter_path.rpartition(".")[0]
+            if owner:
+                claimed.add(id(module.get_submodule(owner)))
+            name = ".".join(part for part in (path, suffix) if part)
+            yield Host(name, path, module, parameter_path, layout, reads_weight)
+
+
+def read_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Paths of the parameters and persistent buffers that the forward of ``module`` itself reads.
+
+    Its own; for ``nn.MultiheadAttention`` those of its ``out_proj`` as well, whose forward never runs.
+    """
+    owned = [name for name, _ in module.named_parameters(recurse=False)]
+    transient = module._non_persistent_buffers_set
+    owned += [name for name, _ in module.named_buffers(recurse=False) if name not in transient]
+    if isinstance(module, nn.MultiheadAttention):
+        owned += [f"out_proj.{name}" for name, _ in module.out_proj.named_parameters(recurse=False)]
+    return tuple(owned)

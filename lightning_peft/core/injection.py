@@ -1,0 +1,124 @@
+"""Putting an adapter into a model and taking it out again."""
+
+import re
+from collections import Counter
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.adapter import CHILD, AdapterSlots
+from lightning_peft.core.freezing import freeze, unfreeze
+from lightning_peft.core.method import Method, Placement
+from lightning_peft.core.registry import Attachment, Registry, find_adapter, registry_of, set_registry
+from lightning_peft.core.report import Report, report
+from lightning_peft.core.saved import plan_saved, resolve_saved
+from lightning_peft.errors import AdapterNameError, ConfigError
+
+
+def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
+    """Freeze ``model`` and add the adapter ``name`` to it.
+
+    The new adapter acts beside those that are active already. The base keeps its class, its parameter names and its
+    values; its normalisation layers with running statistics stay in eval mode. If anything is wrong, the model is left
+    as it was.
+
+    Args:
+        model: any network. Call this on the outermost module you train, so that all of it is frozen.
+        method: what to inject, such as ``LoRA(r=8)``.
+        name: the adapter's name, part of its parameter names.
+
+    Returns:
+        A report of what was injected, what trains, and what is frozen. ``print`` shows it as a table.
+
+    Raises:
+        AdapterNameError: the name is taken, or cannot be a name.
+        PEFTError: the method does not fit the model.
+    """
+    if not isinstance(method, Method):
+        raise ConfigError(f"inject needs a method such as LoRA(r=8), not {method!r}.")
+    registry = registry_of(model) or Registry()
+    _check_name(name, registry)
+    saved = resolve_saved(model, method.modules_to_save)
+    plan = method.plan(model, saved)
+    placements = [*plan.placements, *plan_saved(model, saved)]
+    _check_hosts(model, placements, name)
+
+    # Nothing above has changed the model; nothing below fails.
+    if not registry.attachments:
+        freeze(model, registry, saved)
+        set_registry(model, registry)
+    prefixes = []
+    for placement in placements:
+        host = model.get_submodule(placement.path)
+        if CHILD not in host._modules:
+            host.add_module(CHILD, AdapterSlots())
+        slots = registry.slots.setdefault(placement.path, host.get_submodule(CHILD))  # type: ignore[arg-type]
+        slot = f"{name}:{placement.part}" if placement.part else name
+        slots.add(slot, placement.adapter.train(host.training), host)
+        prefixes.append(f"{f'{placement.path}.' if placement.path else ''}{CHILD}.{slot}.")
+
+    begins = tuple(prefixes)
+    registry.attachments[name] = Attachment(
+        method=method,
+        keys=frozenset(key for key in model.state_dict(keep_vars=True) if key.startswith(begins)),
+        saved=tuple(saved),
+        left_out=tuple(plan.left_out),
+    )
+    registry.activate((*registry.active, name))
+    return report(model)
+
+
+def remove(model: nn.Module, name: str = "default") -> None:
+    """Take the adapter ``name`` out. With the last one gone, the model is bit for bit, and trains, as before.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+    """
+    _, owner, registry = find_adapter(model, name)
+    for path, slots in list(registry.slots.items()):
+        slots.discard(name)
+        if not slots._modules:
+            del owner.get_submodule(path)._modules[CHILD]
+            del registry.slots[path]
+    del registry.attachments[name]
+    registry.active = tuple(active for active in registry.active if active != name)
+    if not registry.attachments:
+        unfreeze(owner, registry)
+        set_registry(owner, None)
+        notify: Any = getattr(owner, "on_last_adapter_removed", None)
+        if callable(notify):
+            notify()
+
+
+def _check_name(name: str, registry: Registry) -> None:
+    if name in registry.attachments:
+        raise AdapterNameError(
+            f"There is an adapter {name!r} already ({registry.attachments[name].method}). "
+            "Give the new one another name, or remove(model, name) first."
+        )
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(AdapterSlots, name):
+        raise AdapterNameError(
+            f"{name!r} cannot be the name of an adapter: use letters, digits, '_' and '-', and no attribute of "
+            "nn.Module."
+        )
+
+
+def _check_hosts(model: nn.Module, placements: list[Placement], name: str) -> None:
+    for placement, count in Counter((p.path, p.part) for p in placements).items():
+        if count > 1:
+            raise ConfigError(f"{count} adapters of one name on '{placement[0]}': give each a part of its own.")
+    for path in {p.path for p in placements}:
+        host = model.get_submodule(path)
+        if isinstance(host, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise ConfigError(
+                f"'{path}' is a {type(host).__name__}, which runs its children: target a layer inside it."
+            )
+        present = getattr(host, CHILD, None)
+        if present is not None and not isinstance(present, AdapterSlots):
+            raise AdapterNameError(
+                f"'{path}' ({type(host).__name__}) has an attribute '{CHILD}' of its own, where adapters go: rename it."
+            )
+        if isinstance(present, AdapterSlots) and any(slot.partition(":")[0] == name for slot in present._modules):
+            raise AdapterNameError(
+                f"'{path}' carries an adapter {name!r} injected from another module. Use another name."
+            )

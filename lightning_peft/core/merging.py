@@ -1,0 +1,125 @@
+"""Folding an adapter into the base weights, for good or for a while."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, base_modules
+from lightning_peft.core.injection import remove
+from lightning_peft.core.registry import Registry, find_adapter
+from lightning_peft.errors import NotMergeableError
+
+
+def merge(model: nn.Module, name: str = "default") -> None:
+    """Fold the adapter ``name`` into the base weights and take it out; the model computes the same without it.
+
+    The new weights are computed in fp32 (fp64 for an fp64 base) and rounded once to the base's dtype. Nothing is
+    written unless everything can be.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        NotMergeableError: a method has no weight form, a weight is shared with another layer or quantised, or a merged
+            value is not finite.
+    """
+    _, owner, registry = find_adapter(model, name)
+    for tensor, value in _folded(owner, registry, name):
+        _write(tensor, value)
+    remove(owner, name)
+
+
+@contextmanager
+def merged(model: nn.Module, name: str = "default") -> Iterator[None]:
+    """Within the ``with`` block the adapter ``name`` is folded into the base weights; then they are restored exactly.
+
+    Raises:
+        NotMergeableError: as :func:`merge`.
+    """
+    _, owner, registry = find_adapter(model, name)
+    folded = _folded(owner, registry, name)
+    originals = [(tensor, tensor.detach().clone()) for tensor, _ in folded]
+    active = registry.active
+    try:
+        for tensor, value in folded:
+            _write(tensor, value)
+        registry.activate(tuple(other for other in active if other != name))
+        yield
+    finally:
+        for tensor, value in originals:
+            _write(tensor, value)
+        registry.activate(active)
+
+
+@torch.no_grad()
+def _folded(owner: nn.Module, registry: Registry, name: str) -> list[tuple[Tensor, Tensor]]:
+    """Every base tensor that changes, with its new value. Nothing is written."""
+    places = _places(owner)
+    folded: list[tuple[Tensor, Tensor]] = []
+    for path, adapters in _by_host(registry, name).items():
+        host = owner.get_submodule(path)
+        before = {key: tensor for key, tensor in _tensors(host)}
+        values = _Widened(before)
+        changed: dict[str, Tensor] = {}
+        for adapter in adapters:
+            changed.update(adapter.merge(values))
+            values.update(changed)
+        for key, value in changed.items():
+            tensor, where = before[key], f"{path}.{key}" if path else key
+            if len(places[id(tensor)]) > 1:
+                other = next(place for place in places[id(tensor)] if place != where)
+                raise NotMergeableError(
+                    f"'{where}' is tied to '{other}': merging {name!r} would change both. Leave '{path}' out "
+                    f"(exclude_modules), keep the adapter unmerged, or give that layer a copy of the parameter first."
+                )
+            if not torch.isfinite(value.to(tensor.dtype)).all():
+                raise NotMergeableError(
+                    f"Merging {name!r} into '{where}' gives values that are not finite in {tensor.dtype}. "
+                    "Check the adapter's weights, or merge into a copy of the base in a wider dtype."
+                )
+            folded.append((tensor, value))
+    return folded
+
+
+class _Widened(dict[str, Tensor]):
+    """A host's tensors, each converted to at least fp32 when it is first read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._tensors = tensors
+
+    def __missing__(self, key: str) -> Tensor:
+        tensor = self._tensors[key]
+        if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
+            raise NotMergeableError(
+                f"'{key}' is quantised ({tensor.dtype}): load the adapter on the unquantised base and merge there."
+            )
+        self[key] = tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        return self[key]
+
+
+def _by_host(registry: Registry, name: str) -> dict[str, list[Adapter]]:
+    hosts: dict[str, list[Adapter]] = {}
+    for path, adapter in registry.adapters(name):
+        hosts.setdefault(path, []).append(adapter)
+    return hosts
+
+
+def _tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of the base at and below ``host``; a module reached twice counts once."""
+    for prefix, module in base_modules(host):
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Every name under which each base tensor is held."""
+    places: dict[int, list[str]] = {}
+    for name, tensor in _tensors(model):
+        places.setdefault(id(tensor), []).append(name)
+    return places
+
+
+@torch.no_grad()
+def _write(tensor: Tensor, value: Tensor) -> None:
+    tensor.copy_(value)

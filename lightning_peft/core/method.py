@@ -1,0 +1,183 @@
+"""What a PEFT method is: a frozen, keyword-only dataclass that plans which adapters go where.
+
+A new method is one file in ``methods/``: its paper, its fields, its adapter and how that merges. It is found by being a
+subclass of :class:`Method`; there is no list to add it to.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.hosts import Host
+from lightning_peft.core.targets import ALL_LINEAR, select_hosts
+from lightning_peft.errors import ConfigError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One adapter, not yet attached, and where it goes."""
+
+    path: str
+    """Path of the host module."""
+    adapter: Adapter
+    part: str = ""
+    """Tells several adapters of one name on one host apart."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method would do to a model."""
+
+    placements: list[Placement]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """Layers that an automatic choice passed over: (name, reason)."""
+
+
+class Method(ABC):
+    """Base of all methods. Subclasses are frozen, keyword-only dataclasses; planning never changes the model."""
+
+    modules_to_save: list[str] | str | None
+    """Modules trained whole beside the adapters: name suffixes, ``"auto"`` (the task head), or None."""
+
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether a fresh adapter leaves the model's output as it was (most papers initialise so)."""
+        return True
+
+    @abstractmethod
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        """Build the adapters for ``model``.
+
+        Args:
+            model: the network; it is only read.
+            saved: paths of the modules that are trained whole; nothing below them is adapted.
+
+        Raises:
+            PEFTError: the method does not fit the model.
+        """
+
+    def to_config(self) -> dict[str, Any]:
+        """This method as primitives: ``{"method": "LoRA", "r": 8, ...}``."""
+        values = {name: _primitive(getattr(self, name)) for name in self.field_names()}
+        return {"method": type(self).__name__, **values}
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The names of this method's fields."""
+        return [f.name for f in fields(cls)]  # type: ignore[arg-type]  # subclasses are dataclasses
+
+    @staticmethod
+    def from_config(config: Mapping[str, Any]) -> "Method":
+        """Build the method that :meth:`to_config` described.
+
+        Only names of known methods are looked up; a config cannot name any other class.
+
+        Raises:
+            ConfigError: unknown method, unknown field, or a value that a field cannot have.
+        """
+        known = {method.__name__: method for method in registered_methods()}
+        if not isinstance(config, Mapping) or not isinstance(name := config.get("method"), str) or name not in known:
+            found = config.get("method") if isinstance(config, Mapping) else config
+            raise ConfigError(
+                f"There is no method {found!r}; methods: {', '.join(known)}.{did_you_mean(str(found), known)}"
+            )
+        values = {key: _revived(value) for key, value in config.items() if key != "method"}
+        allowed = set(known[name].field_names())
+        if unknown := sorted(map(str, set(values) - allowed)):
+            raise ConfigError(
+                f"{name} has no field {', '.join(map(repr, unknown))}; fields: {', '.join(sorted(allowed))}."
+                f"{did_you_mean(unknown[0], allowed)} A newer version of lightning_peft may have written this."
+            )
+        try:
+            return known[name](**values)
+        except TypeError as error:  # a value of the wrong type, met by a comparison
+            raise ConfigError(f"{name}: {error}.") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(Method):
+    """A method that puts one adapter on each chosen layer."""
+
+    target_modules: list[str] | str = ALL_LINEAR
+    """Layers to adapt: "all-linear" (every linear layer but the task head), a list of name suffixes and roles, or one
+    regular expression for whole names. Roles: attention, query, key, value, attention-output, ffn, ffn-output."""
+    exclude_modules: list[str] | str | None = None
+    """Layers to leave alone: name parts (all below is left alone too), roles, or one regular expression."""
+    layers: list[int] | None = None
+    """Indices of the layers to adapt in the outermost numbered container; negative ones count from the end."""
+    modules_to_save: list[str] | str | None = "auto"
+    """Modules trained whole beside the adapters: name suffixes; "auto" finds the task head of a transformers model."""
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            strings = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
+            if not (strings or (isinstance(value, str) and value) or (value is None and name != "target_modules")):
+                raise self.invalid(name, "a non-empty string or a list of them")
+        if self.layers is not None and not (
+            isinstance(self.layers, (list, tuple)) and self.layers and all(type(v) is int for v in self.layers)
+        ):
+            raise self.invalid("layers", "a list of layer indices, or None for all")
+
+    @abstractmethod
+    def build(self, host: Host) -> Adapter:
+        """Build the adapter of one host.
+
+        Raises:
+            ConfigError: a field has a value that this host cannot take, such as a rank above its size.
+            NotApplicableError: the method cannot work on this kind of host.
+        """
+
+    def select(self, model: nn.Module, saved: Sequence[str]) -> list[Host]:
+        """Choose the hosts. Override to check fields that speak of the chosen hosts."""
+        return select_hosts(model, self.target_modules, self.exclude_modules, self.layers, saved)
+
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        placements, left_out, refusal = [], [], None
+        for host in self.select(model, saved):
+            try:
+                placements.append(Placement(host.path, self.build(host), host.part))
+            except ConfigError as error:
+                if self.target_modules != ALL_LINEAR:  # asked for by name: not ours to drop
+                    raise
+                refusal = error
+                left_out.append((host.name, str(error)))
+        if refusal and not placements:
+            raise refusal
+        return Plan(placements, left_out)
+
+    def invalid(self, name: str, expected: str) -> ConfigError:
+        """The error for a field that has a value it cannot have."""
+        return ConfigError(f"{type(self).__name__}.{name} must be {expected}, not {getattr(self, name)!r}.")
+
+
+def registered_methods(base: type[Method] = Method) -> Iterator[type[Method]]:
+    """Yield every concrete method that is defined, those of other packages included."""
+    for cls in base.__subclasses__():
+        if not getattr(cls, "__abstractmethods__", None):
+            yield cls
+        yield from registered_methods(cls)
+
+
+def _primitive(value: Any) -> Any:
+    if isinstance(value, Method):
+        return value.to_config()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _primitive(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _primitive(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_primitive(item) for item in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    return value
+
+
+def _revived(value: Any) -> Any:
+    if isinstance(value, Mapping) and "method" in value:
+        return Method.from_config(value)
+    if isinstance(value, list):
+        return [_revived(item) for item in value]
+    return value

@@ -1,0 +1,97 @@
+"""What is attached to a model: the record kept on the module that :func:`~lightning_peft.inject` was called on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.adapter import Adapter, AdapterSlots, adapter_name
+from lightning_peft.core.method import Method
+from lightning_peft.errors import AdapterNameError, did_you_mean
+
+_ATTRIBUTE = "_peft_registry"
+
+
+@dataclass
+class Attachment:
+    """One adapter of a model."""
+
+    method: Method
+    keys: frozenset[str]
+    """The state-dict keys that belong to this adapter, fixed when it was attached."""
+    saved: tuple[str, ...]
+    """Paths of the modules that are trained whole."""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """Layers that an automatic choice passed over, with the reason."""
+
+
+@dataclass
+class Registry:
+    """All adapters of one model, and what has to be put back when the last one goes."""
+
+    attachments: dict[str, Attachment] = field(default_factory=dict)
+    slots: dict[str, AdapterSlots] = field(default_factory=dict)
+    """The slots of each host, by the host's path."""
+    active: tuple[str, ...] = ()
+    trained_before: frozenset[str] = frozenset()
+    """Names of the base parameters that trained before they were frozen."""
+    handles: list[Any] = field(default_factory=list)
+    """Hooks on the base that go with the last adapter."""
+
+    def adapters(self, name: str) -> Iterator[tuple[str, Adapter]]:
+        """Yield (path of the host, adapter) for every slot of adapter ``name``."""
+        for path, slots in self.slots.items():
+            for slot, adapter in slots._modules.items():
+                if adapter_name(slot) == name and isinstance(adapter, Adapter):
+                    yield path, adapter
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Let exactly ``names`` act, in that order."""
+        for slots in self.slots.values():
+            slots.activate(names)
+        self.active = names
+
+    def own_keys(self) -> frozenset[str]:
+        """The state-dict keys of all adapters."""
+        return frozenset().union(*(attachment.keys for attachment in self.attachments.values()))
+
+
+def registry_of(model: nn.Module) -> Registry | None:
+    """The registry of ``model`` itself, or None when nothing was injected on it."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+def set_registry(model: nn.Module, registry: Registry | None) -> None:
+    """Give ``model`` its registry, or take it away."""
+    if registry is None:
+        model.__dict__.pop(_ATTRIBUTE, None)
+    else:
+        model.__dict__[_ATTRIBUTE] = registry
+
+
+def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:
+    """Yield (path, module, registry) for every module at or below ``model`` that was injected on."""
+    for path, module in model.named_modules():
+        if (registry := registry_of(module)) is not None:
+            yield path, module, registry
+
+
+def find_adapter(model: nn.Module, name: str) -> tuple[str, nn.Module, Registry]:
+    """The path, module and registry that hold adapter ``name`` at or below ``model``.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+    """
+    found = list(registries(model))
+    for path, module, registry in found:
+        if name in registry.attachments:
+            return path, module, registry
+    known = [name for _, _, registry in found for name in registry.attachments]
+    if known:
+        hint = f"Adapters here: {', '.join(map(repr, known))}.{did_you_mean(name, known)}"
+    elif any(isinstance(module, AdapterSlots) for module in model.modules()):
+        hint = "It carries adapters that were injected on a module above it: call this with the module you injected on."
+    else:
+        hint = "It has none: inject(model, method) first, or it was merged or removed already."
+    raise AdapterNameError(f"{type(model).__name__} has no adapter {name!r}. {hint}")

@@ -1,0 +1,160 @@
+"""Selection of hosts by name, regular expression, role and layer index. What matches nothing is an error."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_peft.core.heads import outside_base
+from lightning_peft.core.hosts import Host, find_hosts
+from lightning_peft.core.roles import ROLES, find_roles
+from lightning_peft.errors import TargetError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+
+Patterns = list[str] | str | None
+T = TypeVar("T")
+
+
+def select_hosts(
+    model: nn.Module,
+    targets: list[str] | str,
+    exclude: Patterns = None,
+    layers: Sequence[int] | None = None,
+    saved: Iterable[str] = (),
+) -> list[Host]:
+    """Choose the hosts that a method adapts.
+
+    Args:
+        model: the network.
+        targets: ``"all-linear"`` (every linear layer outside the task head), a role or a list of name suffixes and
+            roles, or one regular expression for the whole name.
+        exclude: name parts (``"pooler"`` drops all below any module of that name), roles, or one regular expression.
+        layers: indices in the outermost numbered container; negative ones count from its end.
+        saved: paths of modules that are trained whole; nothing below them is chosen.
+
+    Raises:
+        TargetError: one of the patterns or indices matches nothing, or nothing is left.
+    """
+    hosts = [host for host in find_hosts(model) if not any(_within(host.name, path) for path in saved)]
+    roles = find_roles(hosts)
+    if targets == ALL_LINEAR:
+        head = outside_base(model)
+        chosen = {host.name for host in hosts if host.linear and not any(_within(host.name, path) for path in head)}
+    else:
+        chosen = set().union(*(_match_target(pattern, hosts, roles) for pattern in _patterns(targets)))
+    for pattern in _patterns(exclude):
+        dropped = _match_exclusion(pattern, hosts, roles)
+        if not dropped:
+            raise TargetError(f"exclude_modules: {pattern!r} matches nothing.{_known(pattern, hosts)}")
+        chosen -= dropped
+    if layers is not None:
+        chosen &= _in_layers(layers, hosts)
+    if not chosen:
+        raise TargetError(
+            f"Nothing to adapt: target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r} leave no "
+            f"layer of {type(model).__name__}.{_known('', hosts)}"
+        )
+    return [host for host in hosts if host.name in chosen]
+
+
+def match_modules(model: nn.Module, patterns: Iterable[str], field: str) -> list[str]:
+    """Paths of the modules whose name ends in one of ``patterns``; each must match a module that has parameters.
+
+    Raises:
+        TargetError: a pattern matches nothing, or only modules without parameters.
+    """
+    named = [(path, module) for path, module in model.named_modules() if path]
+    found: list[str] = []
+    for pattern in patterns:
+        paths = [path for path, module in named if _ends_with(path, pattern) and any(True for _ in module.parameters())]
+        if not paths:
+            raise TargetError(
+                f"{field}: no module with parameters is called {pattern!r} in {type(model).__name__}."
+                f"{did_you_mean(pattern, {path.rpartition('.')[2] for path, _ in named})}"
+            )
+        found += [path for path in paths if path not in found]
+    return [path for path in found if not any(path != other and _within(path, other) for other in found)]
+
+
+def layer_index(name: str) -> tuple[str, int] | None:
+    """The outermost numbered container on a path and the index in it: ``("encoder.layer", 3)``."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[:i]), int(part)
+    return None
+
+
+def pattern_value(patterns: dict[str, T], name: str, default: T) -> T:
+    """The value of the first pattern (a suffix or a regular expression for the end of a path) that ``name`` matches."""
+    return next((value for pattern, value in patterns.items() if matches_end(pattern, name)), default)
+
+
+def matches_end(pattern: str, name: str) -> bool:
+    """Whether ``pattern``, read as a regular expression, matches ``name`` or ends it at a dot."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+
+
+def _patterns(patterns: Patterns) -> Iterator[str]:
+    if patterns is not None:
+        yield from [patterns] if isinstance(patterns, str) else patterns
+
+
+def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]]) -> set[str]:
+    by_name = {host.name for host in hosts if _ends_with(host.name, pattern) or _ends_with(host.path, pattern)}
+    matched = by_name or roles.get(pattern) or _match_expression(pattern, hosts)
+    if not matched:
+        if pattern in ("query", "key", "value") and roles["fused"]:
+            raise TargetError(
+                f"target_modules: {pattern!r} is not a layer of its own here: query, key and value share one weight, "
+                f"as in '{min(roles['fused'])}'. Use the role 'attention', or name that layer."
+            )
+        hint = f" The roles {', '.join(ROLES)} need a transformer's attention." if pattern in ROLES else ""
+        raise TargetError(f"target_modules: {pattern!r} matches no layer.{hint}{_known(pattern, hosts)}")
+    return matched
+
+
+def _match_exclusion(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]]) -> set[str]:
+    by_name = {host.name for host in hosts if f".{pattern}." in f".{host.name}."}
+    return by_name or roles.get(pattern) or _match_expression(pattern, hosts)
+
+
+def _match_expression(pattern: str, hosts: Sequence[Host]) -> set[str]:
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise TargetError(f"{pattern!r} is neither the name of a layer nor a regular expression: {error}.") from error
+    return {host.name for host in hosts if expression.fullmatch(host.name)}
+
+
+def _in_layers(layers: Sequence[int], hosts: Sequence[Host]) -> set[str]:
+    depth: dict[str, int] = {}
+    for host in hosts:
+        if found := layer_index(host.name):
+            depth[found[0]] = max(depth.get(found[0], 0), found[1] + 1)
+    stacks = ", ".join(f"'{path}' (0 to {n - 1})" for path, n in depth.items())
+    for index in layers:
+        if not any(-n <= index < n for n in depth.values()):
+            raise TargetError(f"layers: there is no layer {index}. Numbered layers here: {stacks or 'none'}.")
+    wanted = {path: {index % n for index in layers if -n <= index < n} for path, n in depth.items()}
+    return {host.name for host in hosts if (at := layer_index(host.name)) and at[1] in wanted[at[0]]}
+
+
+def _known(pattern: str, hosts: Sequence[Host]) -> str:
+    """A sentence on what could have been meant: near names if there are any, else every kind of layer there is."""
+    leaves = {host.name.rpartition(".")[2]: type(host.module).__name__ for host in hosts}
+    if near := did_you_mean(pattern, leaves):
+        return near
+    if not leaves:
+        return " It has no linear, convolution, embedding or attention layer."
+    return f" Layers here: {', '.join(f'{name} ({kind})' for name, kind in leaves.items())}."
+
+
+def _ends_with(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith(f".{suffix}")
+
+
+def _within(name: str, path: str) -> bool:
+    return name == path or name.startswith(f"{path}.") or not path

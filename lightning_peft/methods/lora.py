@@ -1,0 +1,147 @@
+r"""LoRA: low-rank adaptation. Hu et al., 2021, arXiv:2106.09685; rsLoRA: Kalajdzievski, 2023, arXiv:2312.03732.
+
+.. math:: y = W x + s B A x, \qquad A \in R^{r \times in}, B \in R^{out \times r}, \qquad s = \alpha / r
+
+with :math:`\alpha / \sqrt r` for rsLoRA. B starts at zero, so training starts from the base model.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, OutputAdapter, WeightAdapter, adapter_dtype
+from lightning_peft.core.hosts import EmbeddingLayout, Host
+from lightning_peft.core.method import LayerMethod
+from lightning_peft.core.targets import matches_end, pattern_value
+from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(LayerMethod):
+    """Low-rank adaptation of linear, convolution, embedding and attention layers.
+
+    Raises:
+        ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
+    """
+
+    r: int = 8
+    """Rank of the update, at least 1 and at most the smaller side of each layer's matrix."""
+    alpha: float = 16.0
+    """Numerator of the scale, greater than 0."""
+    dropout: float = 0.0
+    """Probability of dropping an input feature of A, 0 to 1 (exclusive). Not for embeddings, whose input is an "
+    "index."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) in place of alpha / r."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of layers whose name ends in the key (a suffix or a regular expression)."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas of layers whose name ends in the key (a suffix or a regular expression)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, ranks in {"r": {"": self.r}, "rank_pattern": self.rank_pattern}.items():
+            if not all(type(r) is int and r >= 1 for r in ranks.values()):
+                raise self.invalid(name, "at least 1 and whole")
+        for name, alphas in {"alpha": {"": self.alpha}, "alpha_pattern": self.alpha_pattern}.items():
+            if not all(_number(alpha) and 0 < alpha < math.inf for alpha in alphas.values()):
+                raise self.invalid(name, "a number greater than 0")
+        if not (_number(self.dropout) and 0 <= self.dropout < 1):
+            raise self.invalid("dropout", "a probability: at least 0, less than 1")
+        if type(self.use_rslora) is not bool:
+            raise self.invalid("use_rslora", "true or false")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as error:
+                    raise self.invalid(name, f"keyed by suffixes or regular expressions ({error})") from error
+
+    def select(self, model: nn.Module, saved: Sequence[str]) -> list[Host]:
+        hosts = super().select(model, saved)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                if not any(matches_end(pattern, host.name) for host in hosts):
+                    raise TargetError(
+                        f"LoRA.{name}: {pattern!r} matches none of the {len(hosts)} adapted layers, such as "
+                        f"'{hosts[0].name}'."
+                    )
+        return hosts
+
+    def build(self, host: Host) -> Adapter:
+        r = pattern_value(self.rank_pattern, host.name, self.r)
+        alpha = pattern_value(self.alpha_pattern, host.name, self.alpha)
+        limit = min(host.layout.out_features, host.layout.in_features)
+        if r > limit:
+            raise ConfigError(
+                f"rank {r} is larger than '{host.name}' ({host.layout.out_features} x {host.layout.in_features}) "
+                f"allows; use r <= {limit} (rank_pattern), exclude_modules, or train it whole with modules_to_save."
+            )
+        scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if not host.reads_weight:
+            return LoRAOutput(host, r, scale, self.dropout)
+        if self.dropout:
+            raise NotApplicableError(
+                f"LoRA.dropout={self.dropout} cannot act on '{host.name}': {type(host.module).__name__} reads that "
+                "weight itself, so there is no input to drop from. Set dropout=0 or exclude it (exclude_modules)."
+            )
+        return LoRAWeight(host, r, scale)
+
+
+class LoRAOutput(OutputAdapter):
+    """Adds ``s * B A x`` to the host's output."""
+
+    def __init__(self, host: Host, r: int, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.layout, self.scale, self.dropout = host.layout, scale, dropout
+        self.lora_A, self.lora_B = _factors(host, r)  # (r, in), (out, r)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.dropout and x.is_floating_point():
+            x = F.dropout(x, self.dropout, self.training)
+        # The small factors follow the dtype of the large tensors, never the other way round.
+        h = self.layout.down(x, self.lora_A.to(y.dtype))  # (..., r)
+        return y + self.layout.up(h * self.scale, self.lora_B.to(y.dtype))
+
+    def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight = parameters["weight"]
+        return {"weight": weight + _delta(self, weight)}
+
+
+class LoRAWeight(WeightAdapter):
+    """Adds ``s * B A`` to a weight that its host reads itself."""
+
+    def __init__(self, host: Host, r: int, scale: float) -> None:
+        super().__init__()
+        self.names = (host.parameter,)
+        self.layout, self.scale = host.layout, scale
+        self.lora_A, self.lora_B = _factors(host, r)  # (r, in), (out, r)
+
+    def forward(self, weight: Tensor, name: str) -> Tensor:
+        return weight + _delta(self, weight)
+
+
+def _factors(host: Host, r: int) -> tuple[nn.Parameter, nn.Parameter]:
+    weight = host.weight
+    dtype = adapter_dtype(weight)
+    a = nn.Parameter(torch.zeros(r, host.layout.in_features, device=weight.device, dtype=dtype))
+    b = nn.Parameter(torch.zeros(host.layout.out_features, r, device=weight.device, dtype=dtype))
+    if isinstance(host.layout, EmbeddingLayout):
+        nn.init.normal_(b)  # a row of A belongs to one token: starting from zero, each moves when it is first seen
+    else:
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+    return a, b
+
+
+def _delta(adapter: LoRAOutput | LoRAWeight, weight: Tensor) -> Tensor:
+    """``s * B A`` in the shape and dtype of ``weight``."""
+    return adapter.layout.native(adapter.scale * (adapter.lora_B @ adapter.lora_A)).to(weight.dtype)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,12 @@
+"""The one place where packages that may be absent, or are too slow to import up front, are looked up."""
+
+import sys
+
+
+def hf_conv1d() -> type | None:
+    """The ``Conv1D`` class of transformers (GPT-2's linear layer), or None while transformers' code is not loaded.
+
+    A model that contains one has loaded it, so nothing is imported here: ``import lightning_peft`` stays cheap.
+    """
+    module = sys.modules.get("transformers.pytorch_utils")
+    return getattr(module, "Conv1D", None)

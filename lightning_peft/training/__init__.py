@@ -1,0 +1,1 @@
+"""Lightning: the callback, the module base, and one file a task."""

@@ -1,0 +1,146 @@
+"""``PEFTModule``, a LightningModule base with adapter-only checkpoints, and loading for classes that do not use it."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar
+
+import fsspec
+import lightning as L
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+from lightning_peft.core.checkpoint import RECORD
+from lightning_peft.core.merging import merge
+from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.training.adaptation import Adapted, adapted_class
+
+ModuleT = TypeVar("ModuleT", bound=L.LightningModule)
+
+
+class PEFTModule(Adapted, L.LightningModule):
+    """A LightningModule whose checkpoints hold its adapters alone, and which can be loaded from them.
+
+    Adapters come from :class:`~lightning_peft.PEFTCallback`, from :func:`~lightning_peft.inject` in ``__init__``, or
+    from the checkpoint. Without any it is an ordinary LightningModule. A subclass that overrides ``configure_model``,
+    ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``'s.
+
+    Args:
+        lr: peak learning rate, greater than 0.
+        weight_decay: decoupled weight decay of AdamW, at least 0; vectors (biases, scales) are not decayed.
+        warmup: share of all steps over which the learning rate rises from 0, at least 0 and less than 1.
+        schedule: what follows the warm-up: ``"constant"``, or ``"linear"`` or ``"cosine"`` decay to 0 at the last step.
+
+    Raises:
+        ConfigError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        warmup: float = 0.0,
+        schedule: Literal["constant", "linear", "cosine"] = "constant",
+    ) -> None:
+        super().__init__()
+        for name, value, good in (
+            ("lr", lr, lr > 0),
+            ("weight_decay", weight_decay, weight_decay >= 0),
+            ("warmup", warmup, 0 <= warmup < 1),
+            ("schedule", schedule, schedule in ("constant", "linear", "cosine")),
+        ):
+            if not good:
+                raise ConfigError(f"{type(self).__name__}: {name}={value!r} is out of range; see its documentation.")
+        self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that train: those of the adapters, once they are attached."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
+
+    def merge(self, name: str = "default") -> None:
+        """Fold the adapter ``name`` into the base, as :func:`~lightning_peft.merge` does."""
+        merge(self, name)
+
+    @override
+    def configure_optimizers(self) -> Any:
+        parameters = list(self.trainable_parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr)
+        if self.schedule == "constant" and not self.warmup:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = LambdaLR(optimizer, lambda step: self._factor(step, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _factor(self, step: int, steps: int) -> float:
+        """The share of ``lr`` at ``step`` of ``steps``."""
+        rise = round(self.warmup * steps)
+        if step < rise:
+            return (step + 1) / (rise + 1)
+        done = min(1.0, (step - rise) / max(1, steps - rise))
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.schedule]
+
+    @classmethod
+    @override
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Build the module from the checkpoint's hyperparameters (and ``kwargs``), attach its adapters and load them.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not fit.
+        """
+        read_checkpoint(checkpoint_path)
+        load = L.LightningModule.load_from_checkpoint.__func__  # type: ignore[attr-defined]
+        return load(cls, checkpoint_path, *args, **kwargs)
+
+
+def load_from_checkpoint(cls: type[ModuleT], ckpt_path: str | Path | IO[bytes], **kwargs: Any) -> ModuleT:
+    """Load an adapter checkpoint into a LightningModule class that knows nothing of adapters.
+
+    Args:
+        cls: the class that was trained; it is instantiated with the checkpoint's hyperparameters and ``kwargs``, and
+            must build the base with its pretrained weights.
+        ckpt_path: an adapter-only ``.ckpt``.
+        kwargs: as for ``LightningModule.load_from_checkpoint``: ``map_location``, and the arguments of ``cls``.
+
+    Returns:
+        An instance of ``cls`` with the adapters attached and loaded.
+
+    Raises:
+        BaseMismatchError: the base is not the one the adapter was trained on.
+        CheckpointError: the file cannot be read, holds no adapter, or does not fit.
+    """
+    if RECORD not in read_checkpoint(ckpt_path):
+        raise CheckpointError(
+            f"{ckpt_path} holds no adapter; it looks like a full checkpoint: use {cls.__name__}.load_from_checkpoint."
+        )
+    return adapted_class(cls).load_from_checkpoint(ckpt_path, **kwargs)
+
+
+def read_checkpoint(path: str | Path | IO[bytes]) -> dict[str, Any]:
+    """Read a ``.ckpt`` to the CPU; no pickled code is run.
+
+    Raises:
+        CheckpointError: there is no such file, it is truncated or damaged, or no Lightning checkpoint.
+    """
+    try:
+        if isinstance(path, (str, Path)):
+            with fsspec.open(str(path), "rb") as file:
+                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            path.seek(0)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no checkpoint {path}.") from error
+    except Exception as error:  # torch.load has no error of its own: zip, pickle, struct and key errors all mean this
+        raise CheckpointError(
+            f"{path} cannot be read; it is truncated, damaged, or holds more than tensors and plain values "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'})."
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError(f"{path} is no Lightning checkpoint: it has no 'state_dict'.")
+    return checkpoint
