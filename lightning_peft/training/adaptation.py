@@ -69,11 +69,13 @@ class Adapted:
         return super().__reduce__()  # type: ignore[return-value]
 
 
-@cache
-def adapted_class(cls: Any) -> Any:
+def adapted_class(cls: type) -> type:
     """The subclass of a LightningModule class whose instances carry adapters; the class itself if it does already."""
-    if issubclass(cls, Adapted):
-        return cls
+    return cls if issubclass(cls, Adapted) else _subclass(cls)
+
+
+@cache
+def _subclass(cls: Any) -> type:
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(cls.__name__, (Adapted, cls), {**names, "_peft_original": cls})
 

@@ -87,7 +87,7 @@ class PEFTModule(Adapted, L.LightningModule):
 
     @classmethod
     @override
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  
         """Build the module from the checkpoint's hyperparameters (and ``kwargs``), attach its adapters and load them.
 
         Raises:

@@ -1,0 +1,113 @@
+"""The command ``lightning-peft``: LightningCLI with a PEFT method under ``--peft``."""
+
+import sys
+from collections.abc import Mapping
+from functools import partial, update_wrapper
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import lightning as L
+import rich
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
+from rich.table import Table
+from typing_extensions import override
+
+from lightning_peft.core.checkpoint import RECORD
+from lightning_peft.data import TextClassificationData
+from lightning_peft.errors import PEFTError
+from lightning_peft.methods import LoRA  # type: ignore[attr-defined]
+from lightning_peft.training.callback import PEFTCallback
+from lightning_peft.training.classification import TextClassifier
+from lightning_peft.training.module import read_checkpoint
+
+# Imported so that their short names work on the command line: --model TextClassifier --data TextClassificationData.
+__all__ = ["PEFTCLI", "TextClassificationData", "TextClassifier", "main"]
+
+
+class PEFTCLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule, with a :class:`PEFTCallback` under ``--peft``.
+
+    ``--peft.method LoRA --peft.method.r 4`` chooses a method, ``--peft.method null`` trains the whole model. With
+    ``--ckpt_path`` the method is taken from the checkpoint unless one is given. ``--optimizer`` and ``--lr_scheduler``
+    replace the module's own, over the parameters that train.
+    """
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        defaults: dict[str, Any] = {
+            "model_class": L.LightningModule,
+            "datamodule_class": L.LightningDataModule,
+            "subclass_mode_model": True,
+            "subclass_mode_data": True,
+            "save_config_kwargs": {"overwrite": True},
+        }
+        super().__init__(args=args, **{**defaults, **kwargs})
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(PEFTCallback, "peft")
+        parser.set_defaults({"peft.method": {"class_path": f"{LoRA.__module__}.{LoRA.__name__}"}})
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning reads the file's hyperparameters here; a file that cannot be read should say so in our words.
+        path = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
+        if path and Path(path).is_file():
+            self._take_method(read_checkpoint(path))
+        super()._parse_ckpt_path()
+
+    def _take_method(self, checkpoint: Mapping[str, Any]) -> None:
+        """Use the method of the checkpoint where the user has chosen none."""
+        subcommand = self.config.subcommand
+        given, default = self.config[subcommand].peft.method, self._parser(subcommand).get_defaults().peft.method
+        name = self.config[subcommand].peft.name
+        entries = checkpoint.get(RECORD, {}).get("adapters", {}).values()
+        recorded = next((e["method"] for e in entries if e.get("name") == name), None)
+        if recorded and given == default:
+            fields = {key: value for key, value in recorded.items() if key != "method"}
+            chosen = {"class_path": recorded["method"], "init_args": fields}
+            self.config = self.parser.parse_object({subcommand: {"peft": {"method": chosen}}}, self.config)
+
+    @override
+    def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
+        # Lightning would build the optimizer now, before the adapters exist, over the parameters that get frozen.
+        optimizer = self._get(self.config_init, "optimizer")
+        if optimizer:
+            scheduler = self._get(self.config_init, "lr_scheduler")
+            configure = partial(_configure_optimizers, optimizer=optimizer, lr_scheduler=scheduler)
+            update_wrapper(configure, _configure_optimizers)  # Lightning asks whether the hook is overridden
+            self.model.configure_optimizers = MethodType(configure, self.model)
+
+    def predict(self, **kwargs: Any) -> Any:
+        """Run ``Trainer.predict`` and show the first predictions."""
+        predictions = self.trainer.predict(**kwargs)
+        rows = [row for batch in predictions or [] for row in (batch if isinstance(batch, list) else [])]
+        if rows and all(isinstance(row, Mapping) for row in rows) and self.trainer.is_global_zero:
+            rich.print(_table(rows))
+        return predictions
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command. An error of this library is shown as one message, without a traceback."""
+    try:
+        PEFTCLI(args)
+    except PEFTError as error:
+        rich.print(f"[bold red]{type(error).__name__}[/]: ", end="", file=sys.stderr)
+        print(error, file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _configure_optimizers(module: L.LightningModule, optimizer: Any, lr_scheduler: Any) -> Any:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    built = instantiate_class((parameters,), optimizer)
+    scheduler = instantiate_class(built, lr_scheduler) if lr_scheduler else None
+    return LightningCLI.configure_optimizers(module, built, scheduler)
+
+
+def _table(rows: list[Mapping[str, Any]], limit: int = 20) -> Table:
+    table = Table(title=f"{min(limit, len(rows))} of {len(rows)} predictions", title_justify="left", title_style="bold")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows[:limit]:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table

@@ -1,0 +1,9 @@
+"""One file a LightningDataModule; the rest is what they share.
+
+``datasets`` and ``transformers`` are imported when data is first loaded, not here.
+"""
+
+from lightning_peft.data.sampler import EpochRandomSampler, LengthBucketBatchSampler
+from lightning_peft.data.text_classification import TextClassificationData
+
+__all__ = ["EpochRandomSampler", "LengthBucketBatchSampler", "TextClassificationData"]

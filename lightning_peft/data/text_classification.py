@@ -1,0 +1,300 @@
+"""Texts, or pairs of texts, with one label each: from files or the hub to padded batches."""
+
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_peft.data.labels import find_label_ids, infer_label_names, is_unlabelled
+from lightning_peft.data.loading import Source, divide, read_file, read_path, require_columns, require_text
+from lightning_peft.data.sampler import EpochRandomSampler, LateStartDataLoader, LengthBucketBatchSampler
+from lightning_peft.data.tokenizing import (
+    PaddingCollator,
+    Tokenize,
+    digest,
+    load_tokenizer,
+    make_collator,
+    require_length,
+)
+from lightning_peft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# What the trainer needs for a stage: the splits of which one must be there, and how to get one.
+_NEEDED = {
+    "fit": (("train",), "path or train_file"),
+    "validate": (("validation",), "validation_file or a validation_split above 0"),
+    "test": (("test",), "test_file or a test_split above 0"),
+    "predict": (("predict", "test"), "predict_file, test_file or a test_split above 0"),
+}
+
+
+class TextClassificationData(L.LightningDataModule):
+    """Classify texts, or pairs of texts.
+
+    The rows are read, checked, tokenized once (``datasets`` keeps the result in its cache) and padded batch by batch.
+    A batch is a dict of tensors: ``input_ids`` and ``attention_mask`` (rows, longest), ``token_type_ids`` if the
+    tokenizer makes them, ``labels`` (rows,). In predict it has no ``labels``, but ``text`` (and ``text_pair``), a list
+    of str. Predict reads ``predict_file`` (which needs no label column), else the test rows.
+
+    The order of the training batches depends on ``split_seed`` and the epoch alone (under a distributed strategy on
+    Lightning's global seed, too), so a run resumed after an epoch sees the batches of a straight run.
+
+    A split that is in the data is used as it is. Else it is taken from the training rows, at random by ``split_seed``.
+    The texts "NA" and "null" in a csv file are texts; an empty text or label is an error. Integer labels 0 .. k-1 are
+    the class indices; other labels are numbered in sorted order, or in that of ``label_names``. A hub data set's test
+    split with labels withheld (-1) serves for predict only.
+
+    Args:
+        tokenizer: Tokenizer of the model: a local folder or a name on the hub.
+        path: A data set on the hub, a local folder, or one csv, tsv, json, jsonl or parquet file with all rows.
+        name: Configuration of a hub data set, for instance ``sst2`` of ``glue``.
+        train_file: File with the training rows, in place of ``path``.
+        validation_file: File with the validation rows.
+        test_file: File with the test rows.
+        predict_file: File with the rows to predict.
+        text_column: Column of the text.
+        text_pair_column: Column of a second text, for tasks on pairs.
+        label_column: Column of the label: text or integers.
+        label_names: All labels, in the order of their indices. By default the names of the data set's ``ClassLabel``
+            column, else the sorted distinct labels of the training rows.
+        validation_split: If there are no validation rows: how many of the training rows to take, as a number of rows
+            (int) or a share in (0, 1) (float); 0 for none.
+        test_split: The same for test rows.
+        split_seed: Seed of these two and of the order of the training batches.
+        max_length: Texts are cut to this many tokens, special ones included.
+        batch_size: Rows of a training batch (on each device).
+        eval_batch_size: Rows of a batch in validate, test and predict; by default ``batch_size``.
+        bucket: Whether training batches hold texts of similar length, which saves padding.
+        num_workers: Processes that prepare batches; 0 for none besides the main one.
+
+    Raises:
+        ConfigError: If an argument has a value it cannot have.
+        DataError: In ``prepare_data`` and ``setup``: if the data is not as described.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        path: str | None = None,
+        name: str | None = None,
+        train_file: str | None = None,
+        validation_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        text_column: str = "text",
+        text_pair_column: str | None = None,
+        label_column: str = "label",
+        label_names: list[str] | None = None,
+        validation_split: int | float = 0.1,
+        test_split: int | float = 0.1,
+        split_seed: int = 0,
+        max_length: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        bucket: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        _require_at_least(1, max_length=max_length, batch_size=batch_size)
+        _require_at_least(0, num_workers=num_workers)
+        if eval_batch_size is not None:
+            _require_at_least(1, eval_batch_size=eval_batch_size)
+        _require_split("validation_split", validation_split)
+        _require_split("test_split", test_split)
+        files = {"train": train_file, "validation": validation_file, "test": test_file, "predict": predict_file}
+        if path is not None and train_file is not None:
+            raise ConfigError(f"path={path!r} and train_file={train_file!r} both hold training rows: give one of them.")
+        if path is None and not any(files.values()):
+            raise ConfigError("There is no data: give path, or train_file (or test_file or predict_file alone).")
+        if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
+            raise ConfigError(f"label_names={label_names!r} must be at least two different names.")
+        self.tokenizer = tokenizer
+        self.path = path
+        self.name = name
+        self.files = files
+        self.text_column = text_column
+        self.text_pair_column = text_pair_column
+        self.label_column = label_column
+        self.validation_split = validation_split
+        self.test_split = test_split
+        self.split_seed = split_seed
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.bucket = bucket
+        self.num_workers = num_workers
+        self._label_names = None if label_names is None else list(label_names)
+        self._splits: dict[str, Dataset] | None = None
+        self._collate: PaddingCollator | None = None
+
+    @property
+    def splits(self) -> "dict[str, Dataset]":
+        """The tokenized rows by split: those of train, validation, test, predict that there are."""
+        if self._splits is None:
+            raise DataError("The data is not loaded yet: call prepare_data() or setup() first.")
+        return self._splits
+
+    @property
+    def label_names(self) -> list[str]:
+        """The names of the classes in the order of their indices."""
+        if self._label_names is None:
+            if self._splits is None:
+                raise DataError("The labels are not known yet: call prepare_data() or setup() first.")
+            raise DataError("The labels are not known without training rows: give label_names.")
+        return self._label_names
+
+    @property
+    def num_labels(self) -> int:
+        """How many classes there are."""
+        return len(self.label_names)
+
+    def check_head(self, num_labels: int) -> None:
+        """Check that a head with ``num_labels`` outputs can hold every label of the data.
+
+        Raises:
+            DataError: If it is too small.
+        """
+        if num_labels < self.num_labels:
+            raise DataError(
+                f"The model's head has {num_labels} outputs, but the data has {self.num_labels} labels: "
+                f"{', '.join(map(repr, self.label_names[:10]))}{', …' if self.num_labels > 10 else ''}. "
+                f"Build the model with num_labels={self.num_labels}."
+            )
+
+    def prepare_data(self) -> None:
+        """Read, check and tokenize everything: one process does it, the others find it in the cache of ``datasets``."""
+        self._load()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load what is not loaded yet, and check that the stage has rows.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, or None for whatever there is.
+
+        Raises:
+            DataError: If the data is not as described, or has no rows for the stage.
+        """
+        self._load()
+        if "validation" not in self.splits:
+            # To Lightning the hook is then not there, and it trains without validation. An empty loader makes it warn.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+        if stage is not None:
+            self._require_stage(stage)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return shuffled batches, the same in each epoch of that number."""
+        rows = self.splits["train"]
+        common = self._loader_options(rows)
+        if getattr(self.trainer, "overfit_batches", 0) > 0:
+            # Lightning turns shuffling off for this, but cannot tell that a custom batch sampler shuffles.
+            return DataLoader(batch_size=self.batch_size, **common)
+        sampler = EpochRandomSampler(range(len(rows)), seed=self.split_seed)
+        if not self.bucket:
+            return LateStartDataLoader(sampler=sampler, batch_size=self.batch_size, **common)
+        lengths = rows.with_format("numpy")["length"][:]
+        batches = LengthBucketBatchSampler(sampler, self.batch_size, False, lengths.tolist(), seed=self.split_seed)
+        return LateStartDataLoader(batch_sampler=batches, **common)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the validation batches."""
+        self._require_stage("validate")
+        return self._eval_loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the test batches."""
+        self._require_stage("test")
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return batches of ``predict_file``, else of the test rows, with their texts."""
+        self._require_stage("predict")
+        return self._eval_loader("predict" if "predict" in self.splits else "test", predict=True)
+
+    def _load(self) -> None:
+        if self._splits is not None:
+            return
+        tokenizer = load_tokenizer(self.tokenizer)
+        fresh = digest(tokenizer)
+        require_length(tokenizer, self.max_length, pair=self.text_pair_column is not None)
+        collate = make_collator(tokenizer)
+        sources = {} if self.path is None else read_path(self.path, self.name)
+        sources |= {split: read_file(file, f"{split}_file") for split, file in self.files.items() if file is not None}
+        for split, source in sources.items():
+            columns = {"text_column": self.text_column, "text_pair_column": self.text_pair_column}
+            require_columns(source, columns | ({} if split == "predict" else {"label_column": self.label_column}))
+            for option, column in columns.items():
+                if column is not None:
+                    require_text(source, column, option)
+        names = self._label_names
+        if names is None and "train" in sources:
+            names = infer_label_names(sources["train"], self.label_column)
+        ids = {split: self._label_ids(split, source, names) for split, source in sources.items()}
+        parts = self._divide(sources)
+        splits = {
+            split: self._tokenize(split, source.rows, tokenizer, fresh, ids[split]) for split, source in sources.items()
+        }
+        splits |= {split: splits["train"].select(rows) for split, rows in parts.items()}
+        self._splits, self._label_names, self._collate = splits, names, collate
+
+    def _divide(self, sources: dict[str, Source]) -> dict[str, list[int]]:
+        sizes = {"validation": self.validation_split, "test": self.test_split}
+        sizes = {split: 0 if split in sources else size for split, size in sizes.items()}
+        if "train" not in sources or not any(sizes.values()):
+            return {}
+        train = sources["train"]
+        return divide(len(train.rows), **sizes, seed=self.split_seed, origin=train.origin)
+
+    def _label_ids(self, split: str, source: Source, names: list[str] | None) -> dict[Any, int] | None:
+        """Return the class index by value of the label column, or None for rows that need no label."""
+        if split == "predict" or (split == "test" and is_unlabelled(source, self.label_column)):
+            return None
+        if names is None:
+            raise DataError(f"{source.origin}: without training rows the labels are not known: give label_names.")
+        return find_label_ids(source, self.label_column, names)
+
+    def _tokenize(
+        self, split: str, rows: "Dataset", tokenizer: Any, fresh: str, ids: dict[Any, int] | None
+    ) -> "Dataset":
+        label_column = None if ids is None else self.label_column
+        tokenize = Tokenize(
+            tokenizer, fresh, self.max_length, self.text_column, self.text_pair_column, label_column, ids
+        )
+        return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing {split}")
+
+    def _require_stage(self, stage: str) -> None:
+        splits, remedy = _NEEDED[stage]
+        found = next((split for split in splits if split in self.splits), None)
+        if found is None:
+            raise DataError(f"{stage}: there are no {splits[0]} rows: give {remedy}.")
+        if stage != "predict" and "labels" not in self.splits[found].column_names:
+            raise DataError(f"{stage}: the {found} rows of {self.path!r} have no labels (-1): they serve predict only.")
+
+    def _eval_loader(self, split: str, predict: bool = False) -> DataLoader:
+        options = self._loader_options(self.splits[split], predict)
+        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **options)
+
+    def _loader_options(self, rows: "Dataset", predict: bool = False) -> dict[str, Any]:
+        wanted = ["input_ids", "token_type_ids", *(("text", "text_pair") if predict else ("labels",))]
+        return {
+            "dataset": rows.select_columns([column for column in wanted if column in rows.column_names]),
+            "collate_fn": self._collate,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+def _require_at_least(least: int, **options: int) -> None:
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{option}={value!r} must be an integer of at least {least}.")
+
+
+def _require_split(option: str, size: int | float) -> None:
+    if isinstance(size, bool) or not isinstance(size, int | float) or not (size >= 0):
+        raise ConfigError(f"{option}={size!r} must be a number of rows (an int) or a share in (0, 1); 0 for none.")
+    if isinstance(size, float) and size >= 1:
+        raise ConfigError(f"{option}={size!r} is a float, hence a share, and must be below 1. For rows give an int.")
