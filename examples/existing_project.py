@@ -1,7 +1,7 @@
 """PEFT in a project that knows nothing of it: `python examples/existing_project.py` (20 seconds on a laptop).
 
-The network, its LightningModule and its data are plain torch. A network pretrained on one task is adapted to another with
-one more callback; checkpoint, resume, load and merge follow.
+The network, its LightningModule and its data are plain torch. A network pretrained on one task is adapted to another
+with one more callback; checkpoint, resume, load and merge follow.
 """
 
 import math
@@ -56,7 +56,12 @@ def bars(rows: int, turn: float, seed: int) -> DataLoader:
 
 
 def trainer(epochs: int, *callbacks: L.Callback) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), **quiet)
 
 
@@ -93,7 +98,8 @@ def main(folder: Path) -> None:
     loaded = load_from_checkpoint(BarClassifier, task)
     print(f"loaded from task.ckpt:              accuracy {accuracy(loaded, test):.3f}")
     merge(loaded)
-    assert type(loaded) is BarClassifier and loaded.state_dict().keys() == BarClassifier().state_dict().keys()
+    assert type(loaded) is BarClassifier
+    assert loaded.state_dict().keys() == BarClassifier().state_dict().keys()
     print(f"merged, a plain {type(loaded).__name__}:      accuracy {accuracy(loaded, test):.3f}")
 
 

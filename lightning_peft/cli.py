@@ -1,11 +1,12 @@
 """The command ``lightning-peft``: LightningCLI with a PEFT method under ``--peft``."""
 
+import re
 import sys
 from collections.abc import Mapping
 from functools import partial, update_wrapper
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import rich
@@ -14,8 +15,9 @@ from rich.table import Table
 from typing_extensions import override
 
 from lightning_peft.core.checkpoint import RECORD
+from lightning_peft.core.method import registered_methods
 from lightning_peft.data import TextClassificationData
-from lightning_peft.errors import PEFTError
+from lightning_peft.errors import PEFTError, did_you_mean
 from lightning_peft.methods import LoRA  # type: ignore[attr-defined]
 from lightning_peft.training.callback import PEFTCallback
 from lightning_peft.training.classification import TextClassifier
@@ -23,6 +25,24 @@ from lightning_peft.training.module import read_checkpoint
 
 # Imported so that their short names work on the command line: --model TextClassifier --data TextClassificationData.
 __all__ = ["PEFTCLI", "TextClassificationData", "TextClassifier", "main"]
+
+
+class PEFTArgumentParser(LightningArgumentParser):
+    """A parser whose complaints fit on a screen: the sixty options are left to ``--help``."""
+
+    @override
+    def print_usage(self, file: Any = None) -> None:
+        prog = self.prog.replace(" [options]", "")
+        print(f"usage: {prog} [--config FILE] [--OPTION VALUE ...]", file=file)
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if "peft.method" in message:
+            methods = [method.__name__ for method in registered_methods()]
+            given = re.search(r"Given value: (\w+)$", message)
+            message += f"\n  Methods: {', '.join(methods)}."
+            message += did_you_mean(given[1], methods) if given else " Fields: --peft.method.help METHOD."
+        super().error(message, ex)
 
 
 class PEFTCLI(LightningCLI):
@@ -40,6 +60,7 @@ class PEFTCLI(LightningCLI):
             "subclass_mode_model": True,
             "subclass_mode_data": True,
             "save_config_kwargs": {"overwrite": True},
+            "parser_class": PEFTArgumentParser,
         }
         super().__init__(args=args, **{**defaults, **kwargs})
 
@@ -91,10 +112,20 @@ def main(args: ArgsType = None) -> None:
     """Run the command. An error of this library is shown as one message, without a traceback."""
     try:
         PEFTCLI(args)
-    except PEFTError as error:
-        rich.print(f"[bold red]{type(error).__name__}[/]: ", end="", file=sys.stderr)
-        print(error, file=sys.stderr)
+    except Exception as error:
+        ours = _our_error(error)
+        if ours is None:
+            raise
+        rich.print(f"[bold red]{type(ours).__name__}[/]: ", end="", file=sys.stderr)
+        print(ours, file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _our_error(error: BaseException | None) -> PEFTError | None:
+    """The error of this library that ``error`` is or was caused by: the parser wraps what a constructor raises."""
+    while error is not None and not isinstance(error, PEFTError):
+        error = error.__cause__
+    return error
 
 
 def _configure_optimizers(module: L.LightningModule, optimizer: Any, lr_scheduler: Any) -> Any:

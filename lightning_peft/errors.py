@@ -61,5 +61,6 @@ class DataError(PEFTError, ValueError):
 
 def did_you_mean(value: str, known: Iterable[str], limit: int = 3) -> str:
     """Return ``" Did you mean 'a', 'b'?"`` for the names nearest to ``value``, or an empty string."""
-    near = difflib.get_close_matches(value, list(known), n=limit, cutoff=0.6)
+    names = {name.lower(): name for name in known}
+    near = [names[name] for name in difflib.get_close_matches(value.lower(), names, n=limit, cutoff=0.6)]
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""

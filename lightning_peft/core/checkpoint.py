@@ -6,11 +6,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.core.fingerprint import check_base, fingerprint
-from lightning_peft.core.injection import inject
+from lightning_peft.core.injection import inject, remove
 from lightning_peft.core.method import Method
 from lightning_peft.core.registry import registries, registry_of
 from lightning_peft.core.saved import resolve_saved
-from lightning_peft.errors import AdapterKeyError, CheckpointError, did_you_mean
+from lightning_peft.errors import AdapterKeyError, CheckpointError, PEFTError, did_you_mean
 
 RECORD = "lightning_peft"
 """The key of a ``.ckpt`` under which the record lies."""
@@ -40,10 +40,13 @@ def record(model: nn.Module) -> dict[str, Any]:
     return {"version": VERSION, "adapters": adapters, "base": fingerprint(model)}
 
 
-def attach_recorded(model: nn.Module, recorded: Any) -> None:
-    """Attach what a record describes, or check that what is attached already is the same.
+def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -> None:
+    """Attach what a record describes, or check that what is attached already is the same, and that ``state`` fits.
+
+    Nothing is loaded yet. If anything is wrong, the model is left as it was.
 
     Raises:
+        AdapterKeyError: a tensor of ``state`` is missing, left over, or of another shape.
         BaseMismatchError: the adapters were trained on another base.
         CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached.
     """
@@ -66,13 +69,27 @@ def attach_recorded(model: nn.Module, recorded: Any) -> None:
                 "Load it into the class it was trained in."
             ) from error
         saved += [f"{path}.{top}" if path else top for top in resolve_saved(owner, method.modules_to_save)]
-    check_base(model, recorded["base"], tuple(saved))
-    for (path, name), method in entries.items():
-        if (path, name) not in attached:
-            inject(model.get_submodule(path), method, name)
+    check_base(model, recorded.get("base"), tuple(saved))
+    added: list[tuple[nn.Module, str]] = []
+    try:
+        for (path, name), method in entries.items():
+            if (path, name) not in attached:
+                owner = model.get_submodule(path)
+                inject(owner, method, name)
+                added.append((owner, name))
+        _check_state(model, state)
+    except PEFTError:
+        for owner, name in added:
+            remove(owner, name)
+        raise
 
 
-def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+def has_adapters(model: nn.Module) -> bool:
+    """Whether anything was injected on ``model`` itself or below."""
+    return registry_of(model) is not None or any(True for _ in registries(model))
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Check that ``state`` holds the adapters of ``model`` and nothing else.
 
     Raises:
@@ -93,11 +110,6 @@ def check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         if not isinstance(state[key], Tensor) or state[key].shape != tensor.shape:
             found = list(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
             raise AdapterKeyError(f"'{key}' is {found} in the file and must have shape {list(tensor.shape)}.")
-
-
-def has_adapters(model: nn.Module) -> bool:
-    """Whether anything was injected on ``model`` itself or below."""
-    return registry_of(model) is not None or any(True for _ in registries(model))
 
 
 def _read(recorded: Any) -> dict[tuple[str, str], Method]:

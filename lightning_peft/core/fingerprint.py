@@ -1,6 +1,5 @@
 """Recognising a base model again: its tensors' names, shapes and a few sampled values."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def check_base(model: nn.Module, recorded: Mapping[str, Any], saved: tuple[str, ...] = ()) -> None:
+def check_base(model: nn.Module, recorded: Any, saved: tuple[str, ...] = ()) -> None:
     """Compare the base of ``model`` with a recorded fingerprint. Another dtype of the same weights passes.
 
     Args:

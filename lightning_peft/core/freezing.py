@@ -18,7 +18,9 @@ def freeze(model: nn.Module, registry: Registry, saved: Sequence[str]) -> None:
     for path, module in base_modules(model):
         keeps = any(path == top or path.startswith(f"{top}.") for top in saved)
         if isinstance(module, _NormBase) and module.running_mean is not None and not keeps:
-            registry.handles.append(module.register_forward_pre_hook(_stay_in_eval))
+            hold = _EvalForward()
+            registry.handles.append(module.register_forward_pre_hook(hold.enter))
+            registry.handles.append(module.register_forward_hook(hold.leave, always_call=True))
     registry.handles.append(model.register_load_state_dict_pre_hook(_complete_with_base))
 
 
@@ -32,9 +34,21 @@ def unfreeze(model: nn.Module, registry: Registry) -> None:
     registry.handles.clear()
 
 
-def _stay_in_eval(norm: nn.Module, args: tuple[Any, ...]) -> None:
-    # In train mode a frozen BatchNorm would still move its running statistics, which no adapter file holds.
-    norm.training = False
+class _EvalForward:
+    """Runs a frozen norm in eval mode, whatever mode it is in.
+
+    In train mode it would still move its running statistics, which no adapter file holds. Its own flag is put back, so
+    that ``model.train()`` and Lightning's checks see the mode that the user has set.
+    """
+
+    def __init__(self) -> None:
+        self.training = False
+
+    def enter(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        self.training, norm.training = norm.training, False
+
+    def leave(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        norm.training = self.training
 
 
 def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -136,7 +136,7 @@ class Host:
 def weights_of(module: nn.Module) -> tuple[tuple[str, str, Layout, bool], ...]:
     """The weights of ``module`` that can be adapted: (name below the module, parameter, layout, read by the module)."""
     if (conv1d := hf_conv1d()) and isinstance(module, conv1d):
-        size_in, size_out = module.weight.shape
+        size_in, size_out = module.get_parameter("weight").shape
         return (("", "weight", TransposedLayout(size_out, size_in), False),)
     return ()
 

@@ -15,7 +15,6 @@ from lightning_peft.core.checkpoint import (
     RECORD,
     adapter_keys,
     attach_recorded,
-    check_state,
     has_adapters,
     record,
 )
@@ -47,8 +46,7 @@ class Adapted:
         """Attach what the checkpoint holds, or check that it fits what is attached."""
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         if RECORD in checkpoint:
-            attach_recorded(self, checkpoint[RECORD])  # type: ignore[arg-type]
-            check_state(self, checkpoint.get("state_dict", {}))  # type: ignore[arg-type]
+            attach_recorded(self, checkpoint[RECORD], checkpoint.get("state_dict", {}))  # type: ignore[arg-type]
         elif has_adapters(self):  # type: ignore[arg-type]
             raise CheckpointError(
                 "This checkpoint holds no adapter; it looks like a full checkpoint of the base model. Load the base's "
@@ -71,7 +69,7 @@ class Adapted:
 
 def adapted_class(cls: type) -> type:
     """The subclass of a LightningModule class whose instances carry adapters; the class itself if it does already."""
-    return cls if issubclass(cls, Adapted) else _subclass(cls)
+    return cls if issubclass(cls, Adapted) else _subclass(cls)  # type: ignore[arg-type]  # classes are hashable
 
 
 @cache

@@ -45,6 +45,12 @@ class PEFTCallback(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        names = [callback.name for callback in callbacks if isinstance(callback, PEFTCallback)]
+        if names.count(self.name) > 1:
+            raise ConfigError(
+                f"There are two PEFTCallbacks with the name {self.name!r}: give one another, name='second'."
+            )
         if self.method is not None:
             adapt(pl_module, self.name, self.method)
 

@@ -71,7 +71,7 @@ class TextClassifier(PEFTModule):
 
     @override
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data: Any = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "check_head"):  # another data module: the labels stay numbers
             return
         try:
@@ -140,7 +140,7 @@ class TextClassifier(PEFTModule):
 
 
 def confusion_table(counts: Tensor, names: list[str]) -> Table:
-    """Lay out a confusion matrix ``counts`` (labels, labels): a row for each true label, a column for each predicted."""
+    """Lay out a confusion matrix ``counts`` (labels, labels): true labels down, predicted ones across."""
     table = Table(title="Confusion matrix", title_justify="left", title_style="bold")
     table.add_column("true \\ predicted")
     for name in names:
@@ -167,8 +167,8 @@ def _pretrained(model: str, num_labels: int) -> Any:
     base = f"{network.base_model_prefix}."
     if fresh := sorted(key for key in info["missing_keys"] if key.startswith(base)):
         warnings.warn(
-            f"{len(fresh)} tensors of the base are not in {model!r} and start at random, first '{fresh[0]}'. An adapter "
-            "checkpoint would not hold them: add their modules to modules_to_save.",
+            f"{len(fresh)} tensors of the base are not in {model!r} and start at random, first '{fresh[0]}'. An "
+            "adapter checkpoint would not hold them: add their modules to modules_to_save.",
             stacklevel=3,
         )
     # transformers returns models in eval mode and Lightning keeps the mode it finds: dropout would stay off.

@@ -87,7 +87,7 @@ class PEFTModule(Adapted, L.LightningModule):
 
     @classmethod
     @override
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:  
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Build the module from the checkpoint's hyperparameters (and ``kwargs``), attach its adapters and load them.
 
         Raises:
@@ -118,7 +118,8 @@ def load_from_checkpoint(cls: type[ModuleT], ckpt_path: str | Path | IO[bytes], 
         raise CheckpointError(
             f"{ckpt_path} holds no adapter; it looks like a full checkpoint: use {cls.__name__}.load_from_checkpoint."
         )
-    return adapted_class(cls).load_from_checkpoint(ckpt_path, **kwargs)
+    adapted: Any = adapted_class(cls)
+    return adapted.load_from_checkpoint(ckpt_path, **kwargs)
 
 
 def read_checkpoint(path: str | Path | IO[bytes]) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""A project as a user has it: plain torch and Lightning, nothing of PEFT in it."""
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+
+def build_network() -> nn.Sequential:
+    """The "pretrained" network: the same weights each time, whatever the seed is."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1234)
+        return nn.Sequential(
+            nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)
+        )
+
+
+class Project(L.LightningModule):
+    """An untouched LightningModule whose network is built in ``__init__``."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.build()
+
+    def build(self) -> None:
+        self.net = build_network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])
+
+
+class BuiltInConfigureModel(Project):
+    def build(self) -> None:
+        self.net: nn.Sequential | None = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = build_network()
+
+
+class BuiltInSetup(Project):
+    def build(self) -> None:
+        self.net: nn.Sequential | None = None
+
+    def setup(self, stage: str) -> None:
+        if self.net is None:
+            self.net = build_network()

@@ -1,0 +1,169 @@
+"""The command as a user types it, on a tiny real model; and every YAML in ``configs/``."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_peft.cli import PEFTCLI, main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The arguments of pytest are not those of the command, and its working directory is no place to write."""
+    monkeypatch.setattr(sys, "argv", ["lightning-peft"])
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(tiny_text_model: Path, sentiment_csv: Path, tmp_path: Path) -> Path:
+    settings = {
+        "seed_everything": 0,
+        "model": {"class_path": "TextClassifier", "init_args": {"model": str(tiny_text_model), "lr": 0.01}},
+        "data": {
+            "class_path": "TextClassificationData",
+            "init_args": {
+                "tokenizer": str(tiny_text_model),
+                "path": str(sentiment_csv),
+                "validation_split": 8,
+                "test_split": 8,
+                "batch_size": 8,
+                "max_length": 16,
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": False,
+            "callbacks": [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"dirpath": str(tmp_path / "out"), "filename": "task"},
+                }
+            ],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "run.yaml"
+
+
+def run(*arguments: Any) -> PEFTCLI:
+    return PEFTCLI([str(argument) for argument in arguments])
+
+
+def test_fit_test_and_predict_from_the_adapter_checkpoint(config, tmp_path, capsys):
+    run("fit", "--config", config, "--peft.method.r", 2, "--trainer.max_epochs", 6)
+    shown = capsys.readouterr().out
+    assert "default: LoRA" in shown
+    checkpoint = torch.load(tmp_path / "out/task.ckpt", weights_only=True)
+    assert checkpoint["lightning_peft"]["adapters"][":default"]["method"]["r"] == 2
+    assert all(".peft." in key for key in checkpoint["state_dict"])
+
+    # Nothing is said of the method: r=2 comes from the file, not from the default of r=8.
+    tested = run("test", "--config", config, "--ckpt_path", tmp_path / "out/task.ckpt")
+    assert tested.trainer.callback_metrics["test_accuracy"] == 1.0
+    run("predict", "--config", config, "--ckpt_path", tmp_path / "out/task.ckpt")
+    assert "8 of 8 predictions" in capsys.readouterr().out
+
+
+def test_the_method_may_be_named_or_come_from_a_file_or_be_null(config, tmp_path):
+    (tmp_path / "method.yaml").write_text("class_path: LoRA\ninit_args: {r: 3, target_modules: [query, value]}\n")
+    named = run("fit", "--config", config, "--peft.method", "LoRA", "--peft.method.r", 4, "--trainer.fast_dev_run", 1)
+    assert named.model.state_dict()["model.bert.pooler.dense.peft.default.lora_A"].shape[0] == 4
+    filed = run("fit", "--config", config, "--peft.method", tmp_path / "method.yaml", "--trainer.fast_dev_run", 1)
+    adapted = {key for key in filed.model.state_dict() if key.endswith("lora_A")}
+    place = "model.bert.encoder.layer.0.attention.self"
+    assert adapted == {f"{place}.{name}.peft.default.lora_A" for name in ("query", "value")}
+    full = run("fit", "--config", config, "--peft.method", "null", "--trainer.fast_dev_run", 1)
+    assert all(parameter.requires_grad for parameter in full.model.parameters())
+    assert not any(".peft." in key for key in full.model.state_dict())
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed", "bf16-true"])
+def test_precision_reaches_the_trainer_and_adapters_stay_fp32(config, precision):
+    cli = run("fit", "--config", config, "--trainer.precision", precision, "--trainer.fast_dev_run", 2)
+    assert cli.trainer.precision.startswith(precision)
+    weight = cli.model.model.bert.pooler.dense.weight
+    assert weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    assert cli.model.model.bert.pooler.dense.peft.default.lora_A.dtype == torch.float32
+
+
+def test_the_optimizer_of_the_command_line_holds_exactly_what_trains(config):
+    cli = run(
+        *("fit", "--config", config, "--trainer.fast_dev_run", 2),
+        *("--optimizer", "SGD", "--optimizer.lr", 0.5, "--lr_scheduler", "StepLR", "--lr_scheduler.step_size", 1),
+    )
+    [optimizer] = cli.trainer.optimizers
+    assert type(optimizer) is torch.optim.SGD
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in cli.model.parameters() if p.requires_grad}
+    assert len(held) > 0
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)  # StepLR, after an epoch
+
+
+def test_resuming_by_command_continues(config, tmp_path):
+    run("fit", "--config", config)
+    (tmp_path / "out/task.ckpt").rename(tmp_path / "half.ckpt")
+    cli = run("fit", "--config", config, "--ckpt_path", tmp_path / "half.ckpt", "--trainer.max_epochs", 2)
+    assert cli.trainer.current_epoch == 2
+
+
+def test_a_method_that_contradicts_the_file_is_an_error(config, tmp_path, capsys):
+    run("fit", "--config", config)
+    with pytest.raises(SystemExit, match="1"):
+        main(["test", f"--config={config}", f"--ckpt_path={tmp_path}/out/task.ckpt", "--peft.method.r=4"])
+    assert "CheckpointError: Adapter 'default' of the file is another one: r is 8 in the file and 4 here" in (
+        capsys.readouterr().err
+    )
+
+
+def test_errors_are_one_message_without_a_traceback(config, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["fit", f"--config={config}", "--peft.method.target_modules=[quer]"])
+    error = capsys.readouterr().err
+    assert "TargetError: target_modules: 'quer' matches no layer. Did you mean 'query'" in error
+    assert "Traceback" not in error
+    (tmp_path / "broken.ckpt").write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(SystemExit, match="1"):
+        main(["test", f"--config={config}", f"--ckpt_path={tmp_path}/broken.ckpt"])
+    assert "CheckpointError" in capsys.readouterr().err
+
+
+def test_a_field_out_of_range_is_a_readable_usage_error(config, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["fit", f"--config={config}", "--peft.method.r=0"])
+    error = capsys.readouterr().err
+    assert "ConfigError: LoRA.r must be at least 1 and whole, not 0." in error
+    assert "Traceback" not in error
+
+
+def test_an_unknown_method_or_field_is_answered_with_those_there_are(config, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", f"--config={config}", "--peft.method=LORA"])
+    error = capsys.readouterr().err
+    assert "Did you mean 'LoRA'?" in error
+    assert error.startswith("usage: ")
+    assert len(error.splitlines()) < 20
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", f"--config={config}", "--peft.method.rank=3"])
+    assert "Option 'rank' is not accepted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_opens_with_a_command_that_parses(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# lightning-peft "), "a config opens with the command that runs it"
+    command = first.removeprefix("# lightning-peft ").split()
+    assert str(path.relative_to(ROOT)) in command
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["model"]
