@@ -7,7 +7,7 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/python examples/assets.py
 	$(BIN)/lightning-peft fit --config configs/quickstart.yaml
-	$(BIN)/lightning-peft test --config configs/quickstart.yaml --ckpt_path checkpoints/quickstart/last.ckpt
+	$(BIN)/lightning-peft test --config configs/quickstart.yaml --ckpt_path checkpoints/quickstart/best.ckpt
 	$(BIN)/python examples/summary.py
 
 test: .venv/.installed

@@ -83,7 +83,8 @@ def check_base(model: nn.Module, recorded: Any, saved: tuple[str, ...] = ()) -> 
         if not torch.allclose(found, wanted, rtol=0, atol=_tolerance(here[name].dtype, dtype, wanted), equal_nan=True):
             raise BaseMismatchError(
                 f"The adapter belongs to another base: the weights of '{name}' differ from those it was trained beside "
-                f"(sampled {_short(found)} here, {_short(wanted)} there). {remedy}"
+                f"(sampled {_short(found)} here, {_short(wanted)} there). {remedy} If it is a new layer that starts at "
+                "random, it has to be trained whole (modules_to_save)."
             )
     if extra := [name for name in here if name not in set(names)]:
         raise BaseMismatchError(

@@ -96,7 +96,7 @@ def _check_name(name: str, registry: Registry) -> None:
             f"There is an adapter {name!r} already ({registry.attachments[name].method}). "
             "Give the new one another name, or remove(model, name) first."
         )
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(AdapterSlots, name):
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(AdapterSlots(), name):
         raise AdapterNameError(
             f"{name!r} cannot be the name of an adapter: use letters, digits, '_' and '-', and no attribute of "
             "nn.Module."

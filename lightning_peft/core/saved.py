@@ -4,7 +4,7 @@ Their trainable copies are adapters too, so the base keeps its own values, and d
 as they do everywhere else.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -34,8 +34,14 @@ class SavedParameters(WeightAdapter):
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         own: Tensor = getattr(self, self._places[name])
-        # A buffer must be the very tensor, since the host updates it in place; parameters follow the host's dtype.
-        return own if own.dtype == weight.dtype else own.to(weight.dtype)
+        return own.to(weight.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SavedParameters":
+        buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        # Buffers follow every cast: the host updates them in place, so it must get the very tensors in its own dtype.
+        self._buffers.update({name: fn(buffer) for name, buffer in buffers.items()})
+        return self
 
 
 def resolve_saved(model: nn.Module, modules_to_save: list[str] | str | None) -> list[str]:

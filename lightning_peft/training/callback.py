@@ -45,9 +45,7 @@ class PEFTCallback(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-        names = [callback.name for callback in callbacks if isinstance(callback, PEFTCallback)]
-        if names.count(self.name) > 1:
+        if [callback.name for callback in _peft_callbacks(trainer)].count(self.name) > 1:
             raise ConfigError(
                 f"There are two PEFTCallbacks with the name {self.name!r}: give one another, name='second'."
             )
@@ -60,7 +58,7 @@ class PEFTCallback(L.Callback):
             return
         _check_optimizers(trainer, pl_module)
         self._without_gradient = dict(_trained(pl_module, self.name))
-        if self.show:
+        if self.show and next(_peft_callbacks(trainer)) is self:  # one table holds the adapters of all callbacks
             rank_zero_only(rich.print)(report(pl_module))
 
     @override
@@ -87,6 +85,11 @@ class PEFTCallback(L.Callback):
                 f"(exclude_modules=[{hosts[0].rpartition('.')[2]!r}]), or see whether the module runs it, detaches "
                 "it, or runs it under no_grad."
             )
+
+
+def _peft_callbacks(trainer: L.Trainer) -> Iterator[PEFTCallback]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    return (callback for callback in callbacks if isinstance(callback, PEFTCallback))
 
 
 def _trained(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
