@@ -24,10 +24,10 @@ class BarClassifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.encoder = nn.Sequential(
-            *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
-            *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
         )
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, 8))
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 8))
         if base:  # start from the pretrained network
             self.load_state_dict(torch.load(base, weights_only=True)["state_dict"])
 
@@ -73,17 +73,17 @@ def accuracy(model: L.LightningModule, data: DataLoader) -> float:
 def main(folder: Path) -> None:
     L.seed_everything(0)
     base, task = folder / "base.ckpt", folder / "task.ckpt"
-    pretraining = trainer(4)
-    pretraining.fit(BarClassifier(), bars(4000, turn=0.0, seed=0))
+    pretraining = trainer(3)
+    pretraining.fit(BarClassifier(), bars(3000, turn=0.0, seed=0))
     pretraining.save_checkpoint(base, weights_only=True)
 
-    train, test = bars(2000, turn=math.pi / 16, seed=1), bars(1000, turn=math.pi / 16, seed=2)
+    train, test = bars(1500, turn=math.pi / 16, seed=1), bars(1000, turn=math.pi / 16, seed=2)
     model = BarClassifier(base=str(base))
     print(f"pretrained network on the new task: accuracy {accuracy(model, test):.3f}")
 
     # The one line: PEFTCallback. Convolutions are asked for by name; "all-linear" is the default.
     peft = PEFTCallback(LoRA(r=4, target_modules=["encoder.0", "encoder.4", "head.1", "head.3"]))
-    tuning = trainer(4, peft)
+    tuning = trainer(3, peft)
     tuning.fit(model, train)
     tuning.save_checkpoint(task)
     print(f"with LoRA:                          accuracy {accuracy(model, test):.3f}")
@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
 
     # Resume from the adapter-only checkpoint, as from any other.
     resumed = BarClassifier(base=str(base))
-    trainer(6, PEFTCallback(peft.method, show=False)).fit(resumed, train, ckpt_path=task)
+    trainer(5, PEFTCallback(peft.method, show=False)).fit(resumed, train, ckpt_path=task)
     print(f"resumed for two more epochs:        accuracy {accuracy(resumed, test):.3f}")
 
     # Load it into the untouched class; then fold it into the weights: a plain BarClassifier again.

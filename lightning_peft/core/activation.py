@@ -35,8 +35,8 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
             registry.activate(acting)
         yield
     finally:
-        for registry, acting in before:
-            registry.activate(acting)
+        for registry, acting in before:  # what was removed meanwhile stays away
+            registry.activate(tuple(name for name in acting if name in registry.attachments))
 
 
 @contextmanager
@@ -54,4 +54,5 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 def _choose(model: nn.Module, names: tuple[str, ...]) -> list[tuple[Registry, tuple[str, ...]]]:
     for name in names:
         find_adapter(model, name)
+    names = tuple(dict.fromkeys(names))
     return [(registry, tuple(n for n in names if n in registry.attachments)) for _, _, registry in registries(model)]

@@ -52,8 +52,8 @@ class Adapter(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize == 4
-            return tensor.to(moved.device) if narrowed else moved
+            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(moved.device, torch.float32) if narrowed else moved
 
         super()._apply(keep_precision, recurse)
         return self
@@ -86,6 +86,7 @@ class AdapterSlots(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._handles: dict[type[Adapter], list[Any]] = {}
+        self.active: tuple[str, ...] = ()
         self._before: tuple[InputAdapter, ...] = ()
         self._after: tuple[OutputAdapter, ...] = ()
         self._weights: tuple[WeightAdapter, ...] = ()
@@ -105,11 +106,13 @@ class AdapterSlots(nn.Module):
                 host.register_forward_pre_hook(self.swap_in, prepend=True),
                 # always_call: an exception inside the host must not leave a swapped weight behind.
                 host.register_forward_hook(self.swap_out, prepend=True, always_call=True),
+                host.register_state_dict_pre_hook(self.before_state_dict),
             ]
 
-    def discard(self, name: str) -> None:
+    def discard(self, name: str, host: nn.Module) -> None:
         """Drop every slot of adapter ``name``, and the hooks when nothing is left."""
-        self.activate(tuple(other for other in self.active_names() if other != name))
+        self.restore(host)
+        self.activate(tuple(other for other in self.active if other != name))
         for slot in [slot for slot in self._modules if adapter_name(slot) == name]:
             del self._modules[slot]
         if not self._modules:
@@ -119,15 +122,24 @@ class AdapterSlots(nn.Module):
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Let exactly the adapters ``names`` act, in that order."""
+        self.active = names
         chosen = [a for name in names for slot, a in self._modules.items() if adapter_name(slot) == name]
         self._before = tuple(a for a in chosen if isinstance(a, InputAdapter))
         self._after = tuple(a for a in chosen if isinstance(a, OutputAdapter))
         self._weights = tuple(a for a in chosen if isinstance(a, WeightAdapter))
 
-    def active_names(self) -> tuple[str, ...]:
-        """The names of the acting adapters, each once."""
-        acting = {id(a) for a in (*self._before, *self._after, *self._weights)}
-        return tuple(dict.fromkeys(adapter_name(slot) for slot, a in self._modules.items() if id(a) in acting))
+    def replaces(self, name: str) -> bool:
+        """Whether an acting adapter puts a tensor in place of the host's ``name``."""
+        return any(name in adapter.names for adapter in self._weights)
+
+    def restore(self, host: nn.Module) -> None:
+        """Put back what the weight adapters displaced."""
+        for path, original in self._originals.items():
+            table, name = _table(host, path)
+            table[name] = original
+        if self._originals and isinstance(host, nn.RNNBase):
+            _refresh_flat_weights(host)
+        self._originals.clear()
 
     # The hooks -------------------------------------------------------------------------------------------------------
 
@@ -142,6 +154,7 @@ class AdapterSlots(nn.Module):
         return output
 
     def swap_in(self, host: nn.Module, args: tuple[Any, ...]) -> None:
+        self.restore(host)  # torch's always_call does not cover KeyboardInterrupt
         for adapter in self._weights:
             for path in adapter.names:
                 table, name = _table(host, path)
@@ -152,12 +165,10 @@ class AdapterSlots(nn.Module):
             _refresh_flat_weights(host)
 
     def swap_out(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for path, original in self._originals.items():
-            table, name = _table(host, path)
-            table[name] = original
-        self._originals.clear()
-        if self._weights and isinstance(host, nn.RNNBase):
-            _refresh_flat_weights(host)
+        self.restore(host)
+
+    def before_state_dict(self, host: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.restore(host)
 
 
 def adapter_name(slot: str) -> str:

@@ -10,7 +10,7 @@ from lightning_peft.core.injection import inject, remove
 from lightning_peft.core.method import Method
 from lightning_peft.core.registry import registries, registry_of
 from lightning_peft.core.saved import resolve_saved
-from lightning_peft.errors import AdapterKeyError, CheckpointError, PEFTError, did_you_mean
+from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, PEFTError, did_you_mean
 
 RECORD = "lightning_peft"
 """The key of a ``.ckpt`` under which the record lies."""
@@ -78,9 +78,11 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
                 inject(owner, method, name)
                 added.append((owner, name))
         _check_state(model, state)
-    except PEFTError:
+    except PEFTError as error:
         for owner, name in added:
             remove(owner, name)
+        if isinstance(error, AdapterNameError):
+            raise CheckpointError(f"The '{RECORD}' record of this file is damaged: {error}") from error
         raise
 
 
@@ -114,7 +116,7 @@ def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 def _read(recorded: Any) -> dict[tuple[str, str], Method]:
     """The adapters of a record, by (path, name)."""
-    if not isinstance(recorded, Mapping) or not isinstance(recorded.get("version"), int):
+    if not isinstance(recorded, Mapping) or type(recorded.get("version")) is not int or recorded["version"] < 1:
         raise CheckpointError(
             f"The '{RECORD}' record of this file is damaged: {type(recorded).__name__} without a version."
         )

@@ -59,10 +59,11 @@ def check_base(model: nn.Module, recorded: Any, saved: tuple[str, ...] = ()) -> 
         names, shapes, dtypes = list(recorded["names"]), list(recorded["shapes"]), list(recorded["dtypes"])
         samples: Tensor = recorded["samples"]
         consistent = samples.shape == (len(names), _SAMPLES) and len(names) == len(shapes) == len(dtypes)
+        consistent = consistent and all(isinstance(name, str) for name in names)
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"The record of the base model in this file is damaged ({error!r}).") from error
     if not consistent:
-        raise CheckpointError("The record of the base model in this file is damaged: its columns differ in length.")
+        raise CheckpointError("The record of the base model in this file is damaged: its columns do not fit together.")
     tops = tuple(f"{path}." for path in saved)
     here = {key: tensor for key, tensor in base_tensors(model).items() if not key.startswith(tops)}
     remedy = "Load the base model that the adapter was trained on."

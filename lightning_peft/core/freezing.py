@@ -1,24 +1,27 @@
 """Freezing a base: no gradients, no running statistics that drift, and strict loading without the base's own keys."""
 
-from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_peft.core.adapter import base_modules
+from lightning_peft.core.adapter import CHILD, AdapterSlots, base_modules
 from lightning_peft.core.registry import Registry, registry_of
 
 
-def freeze(model: nn.Module, registry: Registry, saved: Sequence[str]) -> None:
-    """Freeze ``model`` and note in ``registry`` how to undo it; ``saved`` modules keep their running statistics."""
+def freeze(model: nn.Module, registry: Registry) -> None:
+    """Freeze ``model`` and note in ``registry`` how to undo it."""
     registry.trained_before = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for path, module in base_modules(model):
-        keeps = any(path == top or path.startswith(f"{top}.") for top in saved)
-        if isinstance(module, _NormBase) and module.running_mean is not None and not keeps:
+    for _, module in base_modules(model):
+        hold: _EvalForward | _PaddedForward | None = None
+        if isinstance(module, _NormBase) and module.running_mean is not None:
             hold = _EvalForward()
+        elif isinstance(module, nn.TransformerEncoder):
+            hold = _PaddedForward()
+        if hold:
             registry.handles.append(module.register_forward_pre_hook(hold.enter))
             registry.handles.append(module.register_forward_hook(hold.leave, always_call=True))
     registry.handles.append(model.register_load_state_dict_pre_hook(_complete_with_base))
@@ -35,7 +38,7 @@ def unfreeze(model: nn.Module, registry: Registry) -> None:
 
 
 class _EvalForward:
-    """Runs a frozen norm in eval mode, whatever mode it is in.
+    """Runs a frozen norm in eval mode, whatever mode it is in, unless an adapter has statistics of its own in place.
 
     In train mode it would still move its running statistics, which no adapter file holds. Its own flag is put back, so
     that ``model.train()`` and Lightning's checks see the mode that the user has set.
@@ -45,10 +48,29 @@ class _EvalForward:
         self.training = False
 
     def enter(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        self.training, norm.training = norm.training, False
+        slots = norm._modules.get(CHILD)
+        own = isinstance(slots, AdapterSlots) and slots.replaces("running_mean")
+        self.training, norm.training = norm.training, norm.training and own
 
     def leave(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         norm.training = self.training
+
+
+class _PaddedForward:
+    """Keeps a frozen encoder in eval from packing padded input into a nested tensor while gradients are computed.
+
+    Torch does that where nothing of the encoder trains, and then asks for the fused attention, which hooks rule out.
+    """
+
+    def __init__(self) -> None:
+        self.nests = False
+
+    def enter(self, encoder: Any, args: tuple[Any, ...]) -> None:
+        self.nests = encoder.use_nested_tensor
+        encoder.use_nested_tensor = self.nests and not torch.is_grad_enabled()
+
+    def leave(self, encoder: Any, args: tuple[Any, ...], output: Any) -> None:
+        encoder.use_nested_tensor = self.nests
 
 
 def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.adapter import AdapterSlots
+
 
 def task_heads(model: nn.Module) -> list[str]:
     """Paths of the task heads: new layers beside the base model, such as ``classifier``.
@@ -40,12 +42,19 @@ def _pretrained_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def _beside_base(path: str, pretrained: Any) -> list[str]:
     base = pretrained.base_model
+    children = [(name, child) for name, child in pretrained.named_children() if not isinstance(child, AdapterSlots)]
     if base is pretrained:
-        return []
+        # A few classes hold the parts of their base themselves (T5ForQuestionAnswering): a head has one output a label.
+        labels = getattr(pretrained.config, "num_labels", None)
+        return [
+            _join(path, name)
+            for name, child in children
+            if isinstance(child, nn.Linear) and child.out_features == labels
+        ]
     inside_base = {id(parameter) for parameter in base.parameters()}
     return [
         _join(path, name)
-        for name, child in pretrained.named_children()
+        for name, child in children
         if child is not base and any(id(parameter) not in inside_base for parameter in child.parameters())
     ]
 

@@ -118,8 +118,18 @@ class Host:
 
     @property
     def weight(self) -> Tensor:
-        """The weight itself, in the layer's own shape."""
-        return self.module.get_parameter(self.parameter)
+        """The weight itself, in the layer's own shape.
+
+        Raises:
+            NotApplicableError: it is no parameter but computed from others.
+        """
+        try:
+            return self.module.get_parameter(self.parameter)
+        except AttributeError as error:
+            raise NotApplicableError(
+                f"The {self.parameter} of '{self.name}' is computed (a parametrization such as weight_norm) and cannot "
+                "be adapted. Remove the parametrization first, or leave the layer out (exclude_modules)."
+            ) from error
 
     @property
     def linear(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.adapter import CHILD, AdapterSlots
+from lightning_peft.core.adapter import CHILD, AdapterSlots, named_slots
 from lightning_peft.core.freezing import freeze, unfreeze
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.registry import Attachment, Registry, find_adapter, registry_of, set_registry
@@ -37,30 +37,36 @@ def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
     if not isinstance(method, Method):
         raise ConfigError(f"inject needs a method such as LoRA(r=8), not {method!r}.")
     registry = registry_of(model) or Registry()
+    _check_level(model, registry)
     _check_name(name, registry)
     saved = resolve_saved(model, method.modules_to_save)
     plan = method.plan(model, saved)
     placements = [*plan.placements, *plan_saved(model, saved)]
-    _check_hosts(model, placements, name)
+    _check_hosts(model, placements)
 
     # Nothing above has changed the model; nothing below fails.
     if not registry.attachments:
-        freeze(model, registry, saved)
+        freeze(model, registry)
         set_registry(model, registry)
-    prefixes = []
+    added: set[int] = set()
     for placement in placements:
         host = model.get_submodule(placement.path)
         if CHILD not in host._modules:
-            host.add_module(CHILD, AdapterSlots())
+            host.add_module(CHILD, AdapterSlots().train(host.training))
         slots = registry.slots.setdefault(placement.path, host.get_submodule(CHILD))  # type: ignore[arg-type]
         slot = f"{name}:{placement.part}" if placement.part else name
         slots.add(slot, placement.adapter.train(host.training), host)
-        prefixes.append(f"{f'{placement.path}.' if placement.path else ''}{CHILD}.{slot}.")
+        added.add(id(placement.adapter))
 
-    begins = tuple(prefixes)
     registry.attachments[name] = Attachment(
         method=method,
-        keys=frozenset(key for key in model.state_dict(keep_vars=True) if key.startswith(begins)),
+        # By every name: a module that is used twice has two.
+        keys=frozenset(
+            key
+            for path, module in model.named_modules(remove_duplicate=False)
+            if id(module) in added
+            for key in module.state_dict(prefix=f"{path}.", keep_vars=True)
+        ),
         saved=tuple(saved),
         left_out=tuple(plan.left_out),
     )
@@ -76,7 +82,7 @@ def remove(model: nn.Module, name: str = "default") -> None:
     """
     _, owner, registry = find_adapter(model, name)
     for path, slots in list(registry.slots.items()):
-        slots.discard(name)
+        slots.discard(name, owner.get_submodule(path))
         if not slots._modules:
             del owner.get_submodule(path)._modules[CHILD]
             del registry.slots[path]
@@ -103,7 +109,17 @@ def _check_name(name: str, registry: Registry) -> None:
         )
 
 
-def _check_hosts(model: nn.Module, placements: list[Placement], name: str) -> None:
+def _check_level(model: nn.Module, registry: Registry) -> None:
+    own = {id(slots) for slots in registry.slots.values()}
+    for path, host, slots in named_slots(model):
+        if id(slots) not in own:
+            raise AdapterNameError(
+                f"'{path}' ({type(host).__name__}) carries adapters {list(slots.active)} that were injected on another "
+                "module above or below this one. Inject all adapters of a network on the same module."
+            )
+
+
+def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
     for placement, count in Counter((p.path, p.part) for p in placements).items():
         if count > 1:
             raise ConfigError(f"{count} adapters of one name on '{placement[0]}': give each a part of its own.")
@@ -117,8 +133,4 @@ def _check_hosts(model: nn.Module, placements: list[Placement], name: str) -> No
         if present is not None and not isinstance(present, AdapterSlots):
             raise AdapterNameError(
                 f"'{path}' ({type(host).__name__}) has an attribute '{CHILD}' of its own, where adapters go: rename it."
-            )
-        if isinstance(present, AdapterSlots) and any(slot.partition(":")[0] == name for slot in present._modules):
-            raise AdapterNameError(
-                f"'{path}' carries an adapter {name!r} injected from another module. Use another name."
             )

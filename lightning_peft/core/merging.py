@@ -23,8 +23,8 @@ def merge(model: nn.Module, name: str = "default") -> None:
         NotMergeableError: a method has no weight form, a weight is shared with another layer or quantised, or a merged
             value is not finite.
     """
-    _, owner, registry = find_adapter(model, name)
-    for tensor, value in _folded(owner, registry, name):
+    _, owner, _ = find_adapter(model, name)
+    for tensor, value in _folded(model, name):
         _write(tensor, value)
     remove(owner, name)
 
@@ -36,8 +36,8 @@ def merged(model: nn.Module, name: str = "default") -> Iterator[None]:
     Raises:
         NotMergeableError: as :func:`merge`.
     """
-    _, owner, registry = find_adapter(model, name)
-    folded = _folded(owner, registry, name)
+    _, _, registry = find_adapter(model, name)
+    folded = _folded(model, name)
     originals = [(tensor, tensor.detach().clone()) for tensor, _ in folded]
     active = registry.active
     try:
@@ -52,12 +52,14 @@ def merged(model: nn.Module, name: str = "default") -> Iterator[None]:
 
 
 @torch.no_grad()
-def _folded(owner: nn.Module, registry: Registry, name: str) -> list[tuple[Tensor, Tensor]]:
+def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
     """Every base tensor that changes, with its new value. Nothing is written."""
-    places = _places(owner)
+    prefix, owner, registry = find_adapter(model, name)
+    places = _places(model)
     folded: list[tuple[Tensor, Tensor]] = []
     for path, adapters in _by_host(registry, name).items():
         host = owner.get_submodule(path)
+        registry.slots[path].restore(host)
         before = {key: tensor for key, tensor in _tensors(host)}
         values = _Widened(before)
         changed: dict[str, Tensor] = {}
@@ -65,7 +67,12 @@ def _folded(owner: nn.Module, registry: Registry, name: str) -> list[tuple[Tenso
             changed.update(adapter.merge(values))
             values.update(changed)
         for key, value in changed.items():
-            tensor, where = before[key], f"{path}.{key}" if path else key
+            tensor, where = before[key], ".".join(part for part in (prefix, path, key) if part)
+            if isinstance(host, nn.Embedding) and host.max_norm is not None:
+                raise NotMergeableError(
+                    f"'{path}' renormalises the rows it looks up (max_norm), so it would rescale merged rows: keep the "
+                    "adapter unmerged, or leave that layer out (exclude_modules)."
+                )
             if len(places[id(tensor)]) > 1:
                 other = next(place for place in places[id(tensor)] if place != where)
                 raise NotMergeableError(

@@ -81,12 +81,15 @@ def find_adapter(model: nn.Module, name: str) -> tuple[str, nn.Module, Registry]
     """The path, module and registry that hold adapter ``name`` at or below ``model``.
 
     Raises:
-        AdapterNameError: there is no such adapter.
+        AdapterNameError: there is no such adapter, or one in each of several parts.
     """
     found = list(registries(model))
-    for path, module, registry in found:
-        if name in registry.attachments:
-            return path, module, registry
+    holding = [entry for entry in found if name in entry[2].attachments]
+    if len(holding) > 1:
+        places = ", ".join(repr(path) for path, _, _ in holding)
+        raise AdapterNameError(f"There are adapters called {name!r} on {places}: call this with one of these modules.")
+    if holding:
+        return holding[0]
     known = [name for _, _, registry in found for name in registry.attachments]
     if known:
         hint = f"Adapters here: {', '.join(map(repr, known))}.{did_you_mean(name, known)}"

@@ -17,6 +17,8 @@ _PROJECTIONS = {
     "value": {"v", "value", "v_proj", "v_lin", "value_proj", "wv", "to_v"},
     "fused": {"in_proj", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"},
 }
+# Projections of relative positions: part of an attention, and none of the three (DeBERTa with share_att_key=False).
+_POSITIONS = {"pos_key_proj", "pos_query_proj"}
 
 
 def find_roles(hosts: Sequence[Host]) -> dict[str, set[str]]:
@@ -27,7 +29,8 @@ def find_roles(hosts: Sequence[Host]) -> dict[str, set[str]]:
         for role, leaves in _PROJECTIONS.items():
             if name.rpartition(".")[2] in leaves:
                 found[role].add(name)
-    projections = set().union(*(found[role] for role in _PROJECTIONS))
+    positions = {name for name in linears if name.rpartition(".")[2] in _POSITIONS}
+    projections = positions.union(*(found[role] for role in _PROJECTIONS))
     # A feature called "value" alone is no attention: a query beside it, or the three in one, is.
     anchors = found["fused"] | {
         q for q in found["query"] if _siblings(q, found["key"]) and _siblings(q, found["value"])

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter, adapter_dtype
+from lightning_peft.core.adapter import WeightAdapter, adapter_dtype, base_modules
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import read_parameters
 from lightning_peft.core.method import Placement
@@ -62,10 +62,10 @@ def plan_saved(model: nn.Module, saved: Sequence[str]) -> Iterator[Placement]:
     """One adapter for each module below ``saved`` whose forward reads parameters of its own."""
     for top in saved:
         claimed: set[int] = set()
-        for path, module in model.get_submodule(top).named_modules(prefix=top):
+        for below, module in base_modules(model.get_submodule(top)):
             if id(module) in claimed:
                 continue
             names = read_parameters(module)
             claimed.update(id(module.get_submodule(name.rpartition(".")[0])) for name in names if "." in name)
             if names:
-                yield Placement(path, SavedParameters(module))
+                yield Placement(f"{top}.{below}" if below else top, SavedParameters(module))

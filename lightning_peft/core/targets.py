@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from lightning_peft.core.adapter import base_modules
 from lightning_peft.core.heads import outside_base
 from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.roles import ROLES, find_roles
@@ -37,13 +38,16 @@ def select_hosts(
     Raises:
         TargetError: one of the patterns or indices matches nothing, or nothing is left.
     """
-    hosts = [host for host in find_hosts(model) if not any(_within(host.name, path) for path in saved)]
+    hosts: list[Host] = []
+    whole: list[Host] = []
+    for host in find_hosts(model):
+        (whole if any(_within(host.name, path) for path in saved) else hosts).append(host)
     roles = find_roles(hosts)
     if targets == ALL_LINEAR:
         head = outside_base(model)
         chosen = {host.name for host in hosts if host.linear and not any(_within(host.name, path) for path in head)}
     else:
-        chosen = set().union(*(_match_target(pattern, hosts, roles) for pattern in _patterns(targets)))
+        chosen = set().union(*(_match_target(pattern, hosts, roles, whole) for pattern in _patterns(targets)))
     for pattern in _patterns(exclude):
         dropped = _match_exclusion(pattern, hosts, roles)
         if not dropped:
@@ -65,7 +69,7 @@ def match_modules(model: nn.Module, patterns: Iterable[str], field: str) -> list
     Raises:
         TargetError: a pattern matches nothing, or only modules without parameters.
     """
-    named = [(path, module) for path, module in model.named_modules() if path]
+    named = [(path, module) for path, module in base_modules(model) if path]
     found: list[str] = []
     for pattern in patterns:
         paths = [path for path, module in named if _ends_with(path, pattern) and any(True for _ in module.parameters())]
@@ -102,10 +106,15 @@ def _patterns(patterns: Patterns) -> Iterator[str]:
         yield from [patterns] if isinstance(patterns, str) else patterns
 
 
-def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]]) -> set[str]:
+def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]], whole: Sequence[Host]) -> set[str]:
     by_name = {host.name for host in hosts if _ends_with(host.name, pattern) or _ends_with(host.path, pattern)}
     matched = by_name or roles.get(pattern) or _match_expression(pattern, hosts)
     if not matched:
+        if any(_ends_with(host.name, pattern) for host in whole):
+            raise TargetError(
+                f"target_modules: {pattern!r} is trained whole already (modules_to_save). Take it out of one of the "
+                "two; modules_to_save=None trains nothing whole."
+            )
         if pattern in ("query", "key", "value") and roles["fused"]:
             raise TargetError(
                 f"target_modules: {pattern!r} is not a layer of its own here: query, key and value share one weight, "

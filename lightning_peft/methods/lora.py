@@ -45,6 +45,9 @@ class LoRA(LayerMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise self.invalid(name, "a mapping from layer names to values")
         for name, ranks in {"r": {"": self.r}, "rank_pattern": self.rank_pattern}.items():
             if not all(type(r) is int and r >= 1 for r in ranks.values()):
                 raise self.invalid(name, "at least 1 and whole")

@@ -34,10 +34,16 @@ class Adapted:
         super().configure_model()  # type: ignore[misc]
         attach_pending(self)  # type: ignore[arg-type]
 
+    def on_fit_start(self) -> None:
+        """Refuse to train what no checkpoint would hold."""
+        super().on_fit_start()  # type: ignore[misc]
+        _check_all_is_saved(self)  # type: ignore[arg-type]
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen base out."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         if has_adapters(self):  # type: ignore[arg-type]
+            _check_all_is_saved(self)  # type: ignore[arg-type]
             keys = adapter_keys(self)  # type: ignore[arg-type]
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
             checkpoint[RECORD] = record(self)  # type: ignore[arg-type]
@@ -109,6 +115,19 @@ def attach_pending(module: nn.Module) -> None:
                 f"{type(module).__name__} has an adapter {name!r} already, {present.method}, and PEFTCallback asks for "
                 f"{method}. Give the new one another name, or remove(model, {name!r}) first."
             )
+
+
+def _check_all_is_saved(module: nn.Module) -> None:
+    if not has_adapters(module):
+        return
+    keys = adapter_keys(module)
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and name not in keys]
+    if lost:
+        raise PEFTError(
+            f"{len(lost)} parameters train that belong to no adapter, first '{lost[0]}': an adapter checkpoint would "
+            f"lose them. Inject on {type(module).__name__} itself, which freezes all of it, and name what is to be "
+            "trained whole in modules_to_save; nothing may unfreeze the base afterwards."
+        )
 
 
 def _submodule(owner: nn.Module, path: str) -> nn.Module | None:

@@ -25,7 +25,7 @@ class PEFTModule(Adapted, L.LightningModule):
 
     Adapters come from :class:`~lightning_peft.PEFTCallback`, from :func:`~lightning_peft.inject` in ``__init__``, or
     from the checkpoint. Without any it is an ordinary LightningModule. A subclass that overrides ``configure_model``,
-    ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``'s.
+    ``on_fit_start``, ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``'s.
 
     Args:
         lr: peak learning rate, greater than 0.

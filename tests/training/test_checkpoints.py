@@ -121,6 +121,22 @@ def test_adapters_injected_below_the_module_are_filtered_and_loaded_too(data, tr
     assert_identical(Inner.load_from_checkpoint(tmp_path / "inner.ckpt").eval()(x), model.eval()(x))
 
 
+def test_what_trains_beside_the_adapters_is_refused_since_no_checkpoint_would_hold_it(data, trainer):
+    class HalfFrozen(OwnModule):
+        def __init__(self) -> None:
+            super().__init__()
+            lp.inject(self.net, LoRA(r=2))
+            self.head = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.net(x))
+
+    with pytest.raises(lp.PEFTError, match=r"2 parameters train .*'head\.weight'.*modules_to_save"):
+        trainer().fit(HalfFrozen(), data, data)
+    with pytest.raises(lp.PEFTError, match=r"'head\.weight'"):
+        HalfFrozen().on_save_checkpoint({"state_dict": {}})
+
+
 def test_the_optimizer_of_a_peft_module_holds_what_trains_and_decays_matrices_only():
     model = OwnModule()
     model.weight_decay = 0.3

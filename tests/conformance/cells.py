@@ -1,0 +1,122 @@
+"""One cell of the contract's table: a method on a host."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from conformance.hosts import Host
+from snapshot import Snapshot
+from torch import Tensor, nn
+
+from lightning_peft import inject
+from lightning_peft.core.method import Method
+from lightning_peft.errors import NotApplicableError
+
+
+class Cell:
+    """One method on one host: what the tests need to build, run and train it."""
+
+    def __init__(self, host: Host, method: type[Method]) -> None:
+        self.host, self.method = host, _pointed_at(method(), host.targets)
+
+    def base(self) -> nn.Module:
+        """A fresh copy of the network, in train mode."""
+        return copy.deepcopy(self.host.network()).train()
+
+    def adapted(self, base: nn.Module | None = None, name: str = "default", method: Method | None = None) -> nn.Module:
+        """``base`` (a fresh one unless given) with the method injected.
+
+        Where the method does not apply, checks that it says so and left the model alone, and skips the test.
+        """
+        model = self.base() if base is None else base
+        before = Snapshot(model)
+        try:
+            inject(model, method or self.method, name)
+        except NotApplicableError as error:
+            refusal = str(error)
+        else:
+            return model
+        assert refusal.strip()
+        before.assert_same(model)
+        pytest.skip(refusal)
+
+    def trained(self, base: nn.Module | None = None, name: str = "default") -> nn.Module:
+        """The adapted model with an adapter that is no longer fresh."""
+        model = self.adapted(base, name)
+        perturb(model, name)
+        return model
+
+    def without_saved_modules(self) -> Method:
+        """The method without ``modules_to_save``, whose effect would hide that of the adapters."""
+        named = "modules_to_save" in {f.name for f in fields(self.method)}  # type: ignore[arg-type]
+        return replace(self.method, modules_to_save=None) if named else self.method  # type: ignore[type-var]
+
+    def run(self, model: Callable[..., Any], dtype: torch.dtype | None = None) -> Tensor:
+        """The model's output for the example, whose floating-point inputs are cast to ``dtype``."""
+        args, kwargs = self.host.example()
+        output = model(*(_cast(x, dtype) for x in args), **{key: _cast(x, dtype) for key, x in kwargs.items()})
+        return output if isinstance(output, Tensor) else output[0]
+
+    def bits(self, model: nn.Module) -> Tensor:
+        """The output by kernels that are the same for every model, so that bits can be compared.
+
+        Torch chooses kernels that round differently by whether a weight requires a gradient (in ``matmul``) and by what
+        has hooks (in its fused attention).
+        """
+        training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        model.requires_grad_(False)
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            return self.run(model)
+        finally:
+            torch.backends.mha.set_fastpath_enabled(True)
+            for parameter in training:
+                parameter.requires_grad_(True)
+
+    def loss(self, model: Callable[..., Any], dtype: torch.dtype | None = None) -> Tensor:
+        """A number that depends on every part of the output."""
+        output = self.run(model, dtype).float()
+        return (output * torch.linspace(0.5, 1.5, output.numel()).view_as(output)).square().mean()
+
+    def gradients(self, model: nn.Module, loss: Tensor | None = None) -> dict[str, Tensor]:
+        """The gradient of every parameter that trains."""
+        (self.loss(model) if loss is None else loss).backward()
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing, f"no gradient reaches {missing}"
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    def train(self, model: nn.Module, steps: int = 3, dtype: torch.dtype | None = None) -> None:
+        """Take a few optimizer steps in train mode."""
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            self.loss(model, dtype).backward()
+            optimizer.step()
+
+
+def perturb(model: nn.Module, name: str = "default") -> None:
+    """Move every trainable parameter of the adapter ``name`` away from where it started."""
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if f".peft.{name}" in f".{key}" and parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def _pointed_at(method: Method, targets: tuple[str, ...]) -> Method:
+    """``method`` (and the methods it is made of) with ``targets`` as its target modules."""
+    changes: dict[str, Any] = {}
+    for f in fields(method):  # type: ignore[arg-type]
+        value = getattr(method, f.name)
+        if f.name == "target_modules":
+            changes[f.name] = list(targets)
+        elif isinstance(value, (list, tuple)) and any(isinstance(item, Method) for item in value):
+            changes[f.name] = type(value)(_pointed_at(item, targets) for item in value)
+    return replace(method, **changes)  # type: ignore[type-var]
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x.to(dtype) if dtype and x.is_floating_point() else x

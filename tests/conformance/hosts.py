@@ -1,0 +1,171 @@
+"""Every kind of host: small networks of plain torch and of transformers, with an example of their input."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+import tiny_models
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Host:
+    """One network, the layers of it that methods are pointed at, and an input."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    targets: tuple[str, ...]
+    args: Callable[[], tuple[Tensor, ...]] = tuple
+    kwargs: Callable[[], dict[str, Tensor]] = field(default=dict)
+    slow_to_compile: bool = False
+    """Whether compiling it takes several seconds."""
+
+    @cache  # noqa: B019 - the hosts live as long as the test run
+    def network(self) -> nn.Module:
+        """The network with random weights, the same for every test. Copy it before use."""
+        torch.manual_seed(1)
+        network = self.build()
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):  # torch and transformers start many biases at zero: wrong ones would go unseen
+                nn.init.normal_(parameter, std=0.2)
+        return network
+
+    @cache  # noqa: B019
+    def example(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Positional and keyword arguments for :meth:`network`."""
+        torch.manual_seed(2)
+        return self.args(), self.kwargs()
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(9, 12), nn.Linear(12, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).relu())
+
+
+class BagOfTokens(nn.Module):
+    """An embedding with a padding entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, 9, padding_idx=0), nn.Linear(9, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.table(ids).tanh().mean(1))
+
+
+class Convolution(nn.Module):
+    """One convolution, and a head that reads its mean."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.head = conv, nn.Linear(conv.out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).tanh().flatten(2).mean(2))
+
+
+class CNN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 3)
+        for norm in (self.norm1, self.norm2):  # as after some training, not 0 and 1
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        return self.head(self.norm2(self.conv2(x)).relu().flatten(2).mean(2))
+
+
+class RecurrentClassifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm, self.head = nn.Embedding(11, 6), nn.LSTM(6, 9, batch_first=True), nn.Linear(9, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.lstm(self.table(ids))[0][:, -1])
+
+
+class CrossAttention(nn.Module):
+    """Keys and values of other widths than the query's: three weights in place of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, kdim=9, vdim=10, batch_first=True)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.attention(query, key, value, need_weights=False)[0]
+
+
+def _tokens(entries: int, *shape: int) -> Tensor:
+    return torch.randint(1, entries, shape)
+
+
+def _text() -> dict[str, Tensor]:
+    ids = _tokens(tiny_models.VOCABULARY, 2, 5)
+    mask = torch.ones_like(ids)
+    mask[1, 3:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _same(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
+    def query_key_value() -> tuple[Tensor, ...]:
+        x = torch.randn(shape)
+        return x, x, x
+
+    return query_key_value
+
+
+def _conv(name: str, conv: Callable[[], nn.Module], *shape: int) -> Host:
+    return Host(name, lambda: Convolution(conv()), ("conv",), lambda: (torch.randn(shape),))
+
+
+_ATTENTION = ("in_proj", "out_proj")
+_LAYER = ("in_proj", "out_proj", "linear1", "linear2")
+_ENCODER = {"d_model": 12, "nhead": 2, "dim_feedforward": 17, "batch_first": True}
+
+HOSTS = [
+    Host("linear", MLP, ("fc1", "fc2"), lambda: (torch.randn(5, 4, 9),)),
+    Host("hf_conv1d", tiny_models.gpt2, ("c_attn", "c_fc", "c_proj"), kwargs=_text, slow_to_compile=True),
+    Host("embedding", BagOfTokens, ("table",), lambda: (torch.tensor([[1, 2, 2, 10], [3, 1, 0, 0]]),)),
+    _conv("conv1d", lambda: nn.Conv1d(4, 9, 3, stride=2, padding=1, dilation=2), 3, 4, 11),
+    _conv("conv2d", lambda: nn.Conv2d(3, 9, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), 3, 3, 8, 7),
+    _conv("conv2d_groups", lambda: nn.Conv2d(8, 10, 3, padding=2, dilation=2, groups=2), 3, 8, 6, 7),
+    _conv("conv2d_depthwise", lambda: nn.Conv2d(8, 16, 3, stride=2, padding="valid", groups=8), 3, 8, 6, 7),
+    _conv("conv2d_reflect", lambda: nn.Conv2d(3, 9, 3, padding=(1, 2), padding_mode="reflect"), 3, 3, 6, 7),
+    _conv("conv3d", lambda: nn.Conv3d(2, 9, 2, padding="same", padding_mode="circular"), 2, 2, 4, 3, 5),
+    Host("attention", lambda: nn.MultiheadAttention(12, 3), _ATTENTION, _same(5, 2, 12)),
+    Host("attention_batch_first", lambda: nn.MultiheadAttention(12, 3, batch_first=True), _ATTENTION, _same(2, 5, 12)),
+    Host(
+        "attention_kdim",
+        CrossAttention,
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
+        lambda: (torch.randn(2, 5, 12), torch.randn(2, 4, 9), torch.randn(2, 4, 10)),
+    ),
+    Host("encoder_layer", lambda: nn.TransformerEncoderLayer(**_ENCODER), _LAYER, lambda: (torch.randn(2, 5, 12),)),
+    Host(
+        "encoder",
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(**_ENCODER), 2),
+        _LAYER,
+        lambda: (torch.randn(2, 5, 12),),
+        slow_to_compile=True,
+    ),
+    Host(
+        "decoder_layer",
+        lambda: nn.TransformerDecoderLayer(**_ENCODER),
+        _LAYER,
+        lambda: (torch.randn(2, 5, 12), torch.randn(2, 4, 12)),
+        slow_to_compile=True,
+    ),
+    Host("bert", tiny_models.bert, ("query", "key", "value", "dense"), kwargs=_text, slow_to_compile=True),
+    Host("llama", tiny_models.llama, ("attention", "ffn"), kwargs=_text, slow_to_compile=True),
+    Host("cnn", CNN, ("conv1", "conv2"), lambda: (torch.randn(4, 3, 6, 7),)),
+    Host("lstm", RecurrentClassifier, ("head",), lambda: (_tokens(11, 3, 5),)),
+]
