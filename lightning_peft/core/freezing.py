@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_peft.core.adapter import CHILD, AdapterSlots, base_modules
 from lightning_peft.core.registry import Registry, registry_of
+from lightning_peft.core.slots import CHILD, AdapterSlots, base_modules
 
 
 def freeze(model: nn.Module, registry: Registry) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.adapter import AdapterSlots
+from lightning_peft.core.slots import AdapterSlots
 
 
 def task_heads(model: nn.Module) -> list[str]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_peft.core.adapter import base_modules
+from lightning_peft.core.slots import base_modules
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.optional import hf_conv1d
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.adapter import CHILD, AdapterSlots, named_slots
 from lightning_peft.core.freezing import freeze, unfreeze
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.registry import Attachment, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.core.report import Report, report
 from lightning_peft.core.saved import plan_saved, resolve_saved
+from lightning_peft.core.slots import CHILD, AdapterSlots, named_slots
 from lightning_peft.errors import AdapterNameError, ConfigError
 
 

@@ -6,9 +6,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, base_modules
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.injection import remove
 from lightning_peft.core.registry import Registry, find_adapter
+from lightning_peft.core.slots import base_modules
 from lightning_peft.errors import NotMergeableError
 
 

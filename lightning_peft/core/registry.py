@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.adapter import Adapter, AdapterSlots, adapter_name
+from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import Method
+from lightning_peft.core.slots import AdapterSlots, adapter_name
 from lightning_peft.errors import AdapterNameError, did_you_mean
 
 _ATTRIBUTE = "_peft_registry"

@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lightning_peft.core.adapter import AdapterSlots, base_modules
 from lightning_peft.core.registry import registries
 from lightning_peft.core.saved import SavedParameters
+from lightning_peft.core.slots import AdapterSlots, base_modules
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import WeightAdapter, adapter_dtype, base_modules
+from lightning_peft.core.adapter import WeightAdapter, adapter_dtype
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import read_parameters
 from lightning_peft.core.method import Placement
+from lightning_peft.core.slots import base_modules
 from lightning_peft.core.targets import match_modules
 
 

@@ -6,10 +6,10 @@ from typing import TypeVar
 
 from torch import nn
 
-from lightning_peft.core.adapter import base_modules
 from lightning_peft.core.heads import outside_base
 from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.roles import ROLES, find_roles
+from lightning_peft.core.slots import base_modules
 from lightning_peft.errors import TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"

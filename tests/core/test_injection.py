@@ -12,8 +12,8 @@ from snapshot import Snapshot
 from torch import nn
 
 from lightning_peft import LoRA, active_adapters, inject, remove
-from lightning_peft.core.adapter import AdapterSlots, base_modules, named_slots
 from lightning_peft.core.method import Method, Placement, Plan
+from lightning_peft.core.slots import AdapterSlots, base_modules, named_slots
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, PEFTError, TargetError
 
 

@@ -1,0 +1,141 @@
+"""Where adapters sit: the slots of a host, and the hooks through which they act.
+
+The adapter ``name`` of a host is its child ``<host>.peft.<slot>``. A slot is called after the adapter (``default``);
+where one adapter needs several slots on one host, the others are ``default:<part>``.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
+
+CHILD = "peft"  # the name under which a host carries its slots
+
+
+class AdapterSlots(nn.Module):
+    """All adapters of one host, and the hooks through which the active ones act, in the order of activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handles: dict[type[Adapter], list[Any]] = {}
+        self.active: tuple[str, ...] = ()
+        self._before: tuple[InputAdapter, ...] = ()
+        self._after: tuple[OutputAdapter, ...] = ()
+        self._weights: tuple[WeightAdapter, ...] = ()
+        self._originals: dict[str, Any] = {}  # what the weight adapters displaced, while the host runs
+
+    def add(self, slot: str, adapter: Adapter, host: nn.Module) -> None:
+        """Put ``adapter`` at ``slot``. It stays inactive until :meth:`activate`."""
+        adapter.trains = frozenset(name for name, p in adapter.named_parameters() if p.requires_grad)
+        self.add_module(slot, adapter)
+        # Bound methods, not closures: after a deepcopy of the host they call the copy's adapters.
+        if isinstance(adapter, InputAdapter) and InputAdapter not in self._handles:
+            self._handles[InputAdapter] = [host.register_forward_pre_hook(self.before, with_kwargs=True)]
+        elif isinstance(adapter, OutputAdapter) and OutputAdapter not in self._handles:
+            self._handles[OutputAdapter] = [host.register_forward_hook(self.after, with_kwargs=True)]
+        elif isinstance(adapter, WeightAdapter) and WeightAdapter not in self._handles:
+            self._handles[WeightAdapter] = [
+                host.register_forward_pre_hook(self.swap_in, prepend=True),
+                # always_call: an exception inside the host must not leave a swapped weight behind.
+                host.register_forward_hook(self.swap_out, prepend=True, always_call=True),
+                host.register_state_dict_pre_hook(self.before_state_dict),
+            ]
+
+    def discard(self, name: str, host: nn.Module) -> None:
+        """Drop every slot of adapter ``name``, and the hooks when nothing is left."""
+        self.restore(host)
+        self.activate(tuple(other for other in self.active if other != name))
+        for slot in [slot for slot in self._modules if adapter_name(slot) == name]:
+            del self._modules[slot]
+        if not self._modules:
+            for handle in chain.from_iterable(self._handles.values()):
+                handle.remove()
+            self._handles.clear()
+
+    def activate(self, names: tuple[str, ...]) -> None:
+        """Let exactly the adapters ``names`` act, in that order."""
+        self.active = names
+        chosen = [a for name in names for slot, a in self._modules.items() if adapter_name(slot) == name]
+        self._before = tuple(a for a in chosen if isinstance(a, InputAdapter))
+        self._after = tuple(a for a in chosen if isinstance(a, OutputAdapter))
+        self._weights = tuple(a for a in chosen if isinstance(a, WeightAdapter))
+
+    def replaces(self, name: str) -> bool:
+        """Whether an acting adapter puts a tensor in place of the host's ``name``."""
+        return any(name in adapter.names for adapter in self._weights)
+
+    def restore(self, host: nn.Module) -> None:
+        """Put back what the weight adapters displaced."""
+        for path, original in self._originals.items():
+            table, name = _table(host, path)
+            table[name] = original
+        if self._originals and isinstance(host, nn.RNNBase):
+            _refresh_flat_weights(host)
+        self._originals.clear()
+
+    # The hooks -------------------------------------------------------------------------------------------------------
+
+    def before(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for adapter in self._before:
+            args, kwargs = adapter(args, kwargs)
+        return args, kwargs
+
+    def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        for adapter in self._after:
+            output = adapter(args[0] if args else next(iter(kwargs.values())), output)
+        return output
+
+    def swap_in(self, host: nn.Module, args: tuple[Any, ...]) -> None:
+        self.restore(host)  # torch's always_call does not cover KeyboardInterrupt
+        for adapter in self._weights:
+            for path in adapter.names:
+                table, name = _table(host, path)
+                # Only the first of several adapters sees the base's own tensor, the one to be put back.
+                self._originals.setdefault(path, table[name])
+                table[name] = adapter(table[name], path)
+        if self._weights and isinstance(host, nn.RNNBase):
+            _refresh_flat_weights(host)
+
+    def swap_out(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.restore(host)
+
+    def before_state_dict(self, host: nn.Module, prefix: str, keep_vars: bool) -> None:
+        self.restore(host)
+
+
+def adapter_name(slot: str) -> str:
+    """The adapter that a slot belongs to: ``"default"`` of ``"default:out_proj"``."""
+    return slot.partition(":")[0]
+
+
+def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:
+    """Yield ``(path, host, slots)`` for every host below ``model`` (itself included) that carries adapters."""
+    for path, module in model.named_modules():
+        slots = module._modules.get(CHILD)
+        if isinstance(slots, AdapterSlots):
+            yield path, module, slots
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the adapters."""
+    inside: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterSlots):
+            inside.update(map(id, module.modules()))
+        if id(module) not in inside:
+            yield path, module
+
+
+def _table(host: nn.Module, path: str) -> tuple[dict[str, Any], str]:
+    """The parameter or buffer table that holds ``path`` of ``host``, and the name in it."""
+    prefix, _, name = path.rpartition(".")
+    owner = host.get_submodule(prefix) if prefix else host
+    return (owner._parameters if name in owner._parameters else owner._buffers), name
+
+
+def _refresh_flat_weights(rnn: nn.RNNBase) -> None:
+    # Recurrent layers read their weights through a list of their own, made when a weight is assigned.
+    rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]
