@@ -21,7 +21,7 @@ from lightning_peft.errors import PEFTError, did_you_mean
 from lightning_peft.methods import LoRA  # type: ignore[attr-defined]
 from lightning_peft.training.callback import PEFTCallback
 from lightning_peft.training.classification import TextClassifier
-from lightning_peft.training.module import read_checkpoint
+from lightning_peft.training.files import read_checkpoint
 
 # Imported so that their short names work on the command line: --model TextClassifier --data TextClassificationData.
 __all__ = ["PEFTCLI", "TextClassificationData", "TextClassifier", "main"]

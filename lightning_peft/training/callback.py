@@ -13,6 +13,7 @@ from lightning_peft.core.registry import registries
 from lightning_peft.core.report import report
 from lightning_peft.errors import ConfigError, GradientError, OptimizerError
 from lightning_peft.training.adaptation import adapt
+from lightning_peft.training.files import CheckedCheckpointIO
 
 
 class PEFTCallback(L.Callback):
@@ -51,6 +52,8 @@ class PEFTCallback(L.Callback):
             )
         if self.method is not None:
             adapt(pl_module, self.name, self.method)
+            if not isinstance(trainer.strategy.checkpoint_io, CheckedCheckpointIO):
+                trainer.strategy.checkpoint_io = CheckedCheckpointIO(trainer.strategy.checkpoint_io)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
-import fsspec
 import lightning as L
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from lightning_peft.core.checkpoint import RECORD
 from lightning_peft.core.merging import merge
 from lightning_peft.errors import CheckpointError, ConfigError
 from lightning_peft.training.adaptation import Adapted, adapted_class
+from lightning_peft.training.files import read_checkpoint
 
 ModuleT = TypeVar("ModuleT", bound=L.LightningModule)
 
@@ -120,28 +120,3 @@ def load_from_checkpoint(cls: type[ModuleT], ckpt_path: str | Path | IO[bytes], 
         )
     adapted: Any = adapted_class(cls)
     return adapted.load_from_checkpoint(ckpt_path, **kwargs)
-
-
-def read_checkpoint(path: str | Path | IO[bytes]) -> dict[str, Any]:
-    """Read a ``.ckpt`` to the CPU; no pickled code is run.
-
-    Raises:
-        CheckpointError: there is no such file, it is truncated or damaged, or no Lightning checkpoint.
-    """
-    try:
-        if isinstance(path, (str, Path)):
-            with fsspec.open(str(path), "rb") as file:
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            path.seek(0)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"There is no checkpoint {path}.") from error
-    except Exception as error:  # torch.load has no error of its own: zip, pickle, struct and key errors all mean this
-        raise CheckpointError(
-            f"{path} cannot be read; it is truncated, damaged, or holds more than tensors and plain values "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no more is known'})."
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path} is no Lightning checkpoint: it has no 'state_dict'.")
-    return checkpoint

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_peft.data import TextClassificationData
+
 
 @pytest.fixture(autouse=True)
 def private_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -73,3 +75,15 @@ def write(tmp_path: Path) -> Callable[..., str]:
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def make(tokenizer_dir: str, rows: list[dict], write: Callable[..., str]) -> Callable[..., TextClassificationData]:
+    """Build the data module over the 100 rows in one file, or over what ``options`` say."""
+
+    def make(**options) -> TextClassificationData:
+        if not {"path", "train_file", "test_file", "predict_file"} & options.keys():
+            options["path"] = write("all.csv", rows)
+        return TextClassificationData(**{"tokenizer": tokenizer_dir, "max_length": 32, "batch_size": 8} | options)
+
+    return make

@@ -166,7 +166,7 @@ def test_optimizer_settings_out_of_range_are_refused(field):
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_truncated_file_is_refused_whatever_its_length(trained, tmp_path):
+def test_a_truncated_file_is_refused_whatever_its_length(trained, tmp_path, data, trainer, peft):
     _, path = trained()
     content = path.read_bytes()
     for length in (0, 1, 100, len(content) // 2, len(content) - 1):
@@ -175,11 +175,15 @@ def test_a_truncated_file_is_refused_whatever_its_length(trained, tmp_path):
             load_from_checkpoint(Project, tmp_path / "cut.ckpt")
         with pytest.raises(CheckpointError, match="truncated"):
             OwnModule.load_from_checkpoint(tmp_path / "cut.ckpt")
+        with pytest.raises(CheckpointError, match="truncated"):
+            trainer(peft).fit(Project(), data, data, ckpt_path=tmp_path / "cut.ckpt")
 
 
-def test_a_missing_file_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path, data, trainer, peft):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         load_from_checkpoint(Project, tmp_path / "nowhere.ckpt")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        trainer(peft).test(Project(), data, ckpt_path=tmp_path / "nowhere.ckpt")
 
 
 def test_code_in_a_file_is_not_run(tmp_path):

@@ -1,0 +1,137 @@
+"""The data module under a real Trainer, and the configs of the repository."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from batches import first_tokens
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_peft.data import LengthBucketBatchSampler, TextClassificationData
+from lightning_peft.errors import DataError
+
+
+class Recorder(L.LightningModule):
+    """Notes which rows it sees in which epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(1, 2)
+        self.seen: dict[int, list[list[int]]] = {}
+
+    def training_step(self, batch: dict, batch_idx: int) -> torch.Tensor:
+        self.seen.setdefault(self.current_epoch, []).append(first_tokens(batch))
+        return self._loss(batch)
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        self.log("val_loss", self._loss(batch))
+
+    def predict_step(self, batch: dict, batch_idx: int) -> list[str]:
+        return batch["text"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    def _loss(self, batch: dict) -> torch.Tensor:
+        scores = self.linear(batch["attention_mask"].sum(1, keepdim=True).float())
+        return torch.nn.functional.cross_entropy(scores, batch["labels"])
+
+
+def trainer(epochs: int, **options) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(accelerator="cpu", max_epochs=epochs, **quiet | options)
+
+
+@pytest.mark.parametrize("bucket", [True, False])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_sees_the_batches_of_a_straight_run(workers: int, bucket: bool, make, tmp_path):
+    def run(epochs: int, ckpt_path: str | None = None) -> tuple[Recorder, L.Trainer]:
+        module, fit = Recorder(), trainer(epochs)
+        torch.manual_seed(os.getpid() + epochs)  # the order must not depend on it
+        fit.fit(module, make(num_workers=workers, bucket=bucket), ckpt_path=ckpt_path, weights_only=True)
+        return module, fit
+
+    straight, fit = run(4)
+    assert isinstance(fit.train_dataloader.batch_sampler, LengthBucketBatchSampler) is bucket
+    assert [sorted(row for batch in straight.seen[epoch] for row in batch) for epoch in range(4)] == [
+        sorted(row for batch in straight.seen[0] for row in batch)
+    ] * 4
+    assert len({str(straight.seen[epoch]) for epoch in range(4)}) == 4
+    half, fit = run(2)
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = run(4, tmp_path / "half.ckpt")
+    assert half.seen | resumed.seen == straight.seen
+    assert list(resumed.seen) == [2, 3]
+
+
+def test_all_stages_run(make, rows):
+    data, module = make(test_split=10), Recorder()
+    fit = trainer(1)
+    fit.fit(module, data)
+    assert "val_loss" in fit.callback_metrics
+    fit.validate(module, data, verbose=False)
+    texts = [text for batch in fit.predict(module, data) for text in batch]
+    assert texts == data.splits["test"]["text"][:]
+
+
+def test_a_run_without_validation_rows(make):
+    module = Recorder()
+    trainer(1).fit(module, make(validation_split=0))
+    assert sum(map(len, module.seen[0])) == 90
+
+
+def test_overfit_batches_sees_the_same_rows_each_epoch(make):
+    module = Recorder()
+    trainer(2, overfit_batches=2).fit(module, make())
+    assert module.seen[0] == module.seen[1]
+    assert len(module.seen[0]) == 2
+
+
+def test_bad_data_stops_the_run_before_training(make):
+    module = Recorder()
+    with pytest.raises(DataError, match="txet"):
+        trainer(1).fit(module, make(text_column="txet"))
+    assert module.seen == {}
+
+
+# --- the configs -----------------------------------------------------------------------------------------------------
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "data").glob("*.yaml"))
+
+
+def build(config: Path) -> L.LightningDataModule:
+    """Build the data module as the command does."""
+    parser = LightningArgumentParser()
+    parser.add_lightning_class_args(L.LightningDataModule, "data", subclass_mode=True)
+    return parser.instantiate(parser.parse_args([f"--data={config}"])).data
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_the_configs_parse_and_open_with_their_command(config: Path):
+    first = config.read_text().splitlines()[0]
+    assert first == f"# lightning-peft fit --config configs/quickstart.yaml --data configs/data/{config.name}"
+    assert isinstance(build(config), TextClassificationData)
+
+
+def test_the_demo_config_gives_the_demo_data(monkeypatch):
+    """The numbers in the documentation stand on these splits."""
+    monkeypatch.chdir(Path(__file__).parents[2])
+    subprocess.run([sys.executable, "examples/assets.py", "--cache", ".cache"], check=True)
+    data = build(Path("configs/data/movie_sentences.yaml"))
+    data.setup("fit")
+    assert [len(data.splits[split]) for split in ("train", "validation", "test")] == [7171, 1000, 1000]
+    assert data.label_names == ["negative", "positive"]
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["input_ids"][:, 0] == 101).all()  # BERT's [CLS]
+    cells = sum(batch["input_ids"].numel() for batch in data.train_dataloader())
+    words = sum(int(batch["attention_mask"].sum()) for batch in data.train_dataloader())
+    assert words > 0.95 * cells  # without bucketing 0.52
