@@ -1,7 +1,9 @@
 """The command ``lightning-peft``: LightningCLI with a PEFT method under ``--peft``."""
 
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Mapping
 from functools import partial, update_wrapper
 from pathlib import Path
@@ -110,6 +112,7 @@ class PEFTCLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """Run the command. An error of this library is shown as one message, without a traceback."""
+    _hush()
     try:
         PEFTCLI(args)
     except Exception as error:
@@ -119,6 +122,14 @@ def main(args: ArgsType = None) -> None:
         rich.print(f"[bold red]{type(ours).__name__}[/]: ", end="", file=sys.stderr)
         print(ours, file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _hush() -> None:
+    """Keep an advertisement, and a note to Lightning's own developers, off the user's screen."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage()
+    )
 
 
 def _our_error(error: BaseException | None) -> PEFTError | None:

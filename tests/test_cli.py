@@ -62,7 +62,7 @@ def run(*arguments: Any) -> PEFTCLI:
 def test_fit_test_and_predict_from_the_adapter_checkpoint(config, tmp_path, capsys):
     run("fit", "--config", config, "--peft.method.r", 2, "--trainer.max_epochs", 6)
     shown = capsys.readouterr().out
-    assert "default: LoRA" in shown
+    assert "LoRA" in shown
     checkpoint = torch.load(tmp_path / "out/task.ckpt", weights_only=True)
     assert checkpoint["lightning_peft"]["adapters"][":default"]["method"]["r"] == 2
     assert all(".peft." in key for key in checkpoint["state_dict"])

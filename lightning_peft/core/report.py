@@ -82,11 +82,12 @@ class Report:
 
     def _grouped(self) -> Iterator[tuple[tuple[str, str, str], int, int]]:
         """Rows that differ in layer numbers alone become one."""
+        several = len({row.adapter for row in self.hosts}) > 1  # one adapter's name says nothing
         count: Counter[tuple[str, str, str]] = Counter()
         trainable: Counter[tuple[str, str, str]] = Counter()
         for row in self.hosts:
             pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.host) or "(the whole model)"
-            key = (pattern, row.host_type, f"{row.adapter}: {row.adapter_type}")
+            key = (pattern, row.host_type, f"{row.adapter}: {row.adapter_type}" if several else row.adapter_type)
             count[key] += 1
             trainable[key] += row.trainable
         for key, number in count.items():

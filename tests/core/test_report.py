@@ -81,13 +81,21 @@ def test_a_printed_report_groups_layers_and_ends_with_the_total() -> None:
     assert [cell.strip() for cell in row.strip("│").split("│")] == [
         "bert.encoder.layer.*.attention.self.query",
         "Linear",
-        "default: LoRA",
+        "LoRA",
         "2",
         "128",
     ]
     trainable = 128 + 34
     total = sum(p.numel() for p in model.parameters())
     assert lines[-1] == f"{trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
+
+
+def test_two_adapters_are_told_apart_by_name() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    inject(net, LoRA(r=2), "first")
+    text = str(inject(net, LoRA(r=2), "second"))
+    assert "first: LoRA" in text
+    assert "second: LoRA" in text
 
 
 def test_numbers_inside_a_name_are_not_taken_for_layers() -> None:

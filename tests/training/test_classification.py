@@ -88,6 +88,16 @@ def test_a_model_that_is_not_there_is_an_error(tmp_path):
         TextClassifier(str(tmp_path / "nothing"))
     with pytest.raises(ConfigError, match="num_labels=1"):
         TextClassifier(str(tmp_path), num_labels=1)
+    with pytest.raises(ConfigError, match=r"dropout=1\.0"):
+        TextClassifier(str(tmp_path), dropout=1.0)
+
+
+def test_dropout_is_that_of_the_pretrained_model_unless_given(tiny_text_model, texts):
+    texts.setup("fit")
+    batch = next(iter(texts.val_dataloader()))
+    for dropout, same in ((None, True), (0.5, False), (0.0, True)):  # the tiny model is pretrained with none
+        model = TextClassifier(str(tiny_text_model), dropout=dropout).train()
+        assert torch.equal(model._loss(batch)[0], model._loss(batch)[0]) is same
 
 
 def test_the_confusion_matrix_has_true_labels_down_and_predicted_ones_across():
