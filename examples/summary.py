@@ -30,7 +30,7 @@ def main() -> None:
     print(f"""
 LoRA on all-MiniLM-L6-v2, film-review sentences
   test accuracy   {last_test_accuracy():.3f} on 1,000 sentences
-  trained         {trained:,} parameters, {trained / (trained + base):.2%} of {trained + base:,}
+  trained         {trained:,} parameters, {trained / (trained + base):.2%} of the model's
   adapter file    {CHECKPOINT.stat().st_size / 1e6:.1f} MB with optimizer state, {weights / 1e6:.1f} MB without
   full model      {MODEL.stat().st_size / 1e6:.1f} MB
 

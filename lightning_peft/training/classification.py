@@ -179,6 +179,10 @@ def _pretrained(model: str, num_labels: int) -> Any:
             "adapter checkpoint would not hold them: add their modules to modules_to_save.",
             stacklevel=3,
         )
+    config = network.config.get_text_config()
+    if config.pad_token_id is None:  # GPT-2, Llama: the data module pads with the end-of-text token, too
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
     # transformers returns models in eval mode and Lightning keeps the mode it finds: dropout would stay off.
     return network.train()
 

@@ -67,6 +67,17 @@ def test_the_loss_is_that_of_transformers(tiny_text_model, texts):
     torch.testing.assert_close(model._loss(batch)[0], expected)
 
 
+def test_a_decoder_without_a_padding_token_reads_padded_batches_as_single_rows(tmp_path):
+    config = hf.GPT2Config(
+        vocab_size=16, n_positions=16, n_embd=16, n_layer=1, n_head=2, eos_token_id=3, bos_token_id=3
+    )
+    hf.GPT2Model(config).save_pretrained(tmp_path / "gpt2")
+    model = TextClassifier(str(tmp_path / "gpt2"), num_labels=3).eval()
+    padded = {"input_ids": torch.tensor([[5, 6, 7], [8, 3, 3]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 0, 0]])}
+    alone = [model(input_ids=torch.tensor([row])) for row in ([5, 6, 7], [8])]
+    torch.testing.assert_close(model(**padded), torch.cat(alone))
+
+
 def test_only_the_new_head_is_expected_to_be_missing_from_the_files(tiny_text_model, tmp_path):
     network = hf.AutoModel.from_pretrained(tiny_text_model)
     state = {key: tensor for key, tensor in network.state_dict().items() if "pooler" not in key}
