@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import rich
+from jsonargparse import set_parsing_settings
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, instantiate_class
 from rich.table import Table
 from typing_extensions import override
@@ -27,6 +28,9 @@ from lightning_peft.training.files import read_checkpoint
 
 # Imported so that their short names work on the command line: --model TextClassifier --data TextClassificationData.
 __all__ = ["PEFTCLI", "TextClassificationData", "TextClassifier", "main"]
+
+# So that --peft.method.help METHOD shows what each field means.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class PEFTArgumentParser(LightningArgumentParser):

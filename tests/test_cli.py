@@ -157,6 +157,14 @@ def test_an_unknown_method_or_field_is_answered_with_those_there_are(config, cap
     assert "Option 'rank' is not accepted" in capsys.readouterr().err
 
 
+def test_the_help_of_a_method_explains_its_fields(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["fit", "--peft.method.help=LoRA"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Rank of the update, at least 1" in shown
+    assert "Layers to adapt:" in shown
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_opens_with_a_command_that_parses(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

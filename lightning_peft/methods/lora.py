@@ -34,8 +34,7 @@ class LoRA(LayerMethod):
     alpha: float = 16.0
     """Numerator of the scale, greater than 0."""
     dropout: float = 0.0
-    """Probability of dropping an input feature of A, 0 to 1 (exclusive). Not for embeddings, whose input is an "
-    "index."""
+    """Probability of dropping an input feature of A, 0 to 1 (exclusive). Embeddings, fed with indices, are exempt."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
