@@ -17,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from rich.table import Table
 from typing_extensions import override
 
-from lightning_peft.core.checkpoint import RECORD
+from lightning_peft.core.checkpoint import RECORD, recorded_methods
 from lightning_peft.core.method import registered_methods
 from lightning_peft.data import TextClassificationData
 from lightning_peft.errors import PEFTError, did_you_mean
@@ -87,12 +87,11 @@ class PEFTCLI(LightningCLI):
         """Use the method of the checkpoint where the user has chosen none."""
         subcommand = self.config.subcommand
         given, default = self.config[subcommand].peft.method, self._parser(subcommand).get_defaults().peft.method
-        name = self.config[subcommand].peft.name
-        entries = checkpoint.get(RECORD, {}).get("adapters", {}).values()
-        recorded = next((e["method"] for e in entries if e.get("name") == name), None)
-        if recorded and given == default:
-            fields = {key: value for key, value in recorded.items() if key != "method"}
-            chosen = {"class_path": recorded["method"], "init_args": fields}
+        methods = recorded_methods(checkpoint[RECORD]) if RECORD in checkpoint else {}
+        method = methods.get(("", self.config[subcommand].peft.name))
+        if method and given == default:
+            fields = method.to_config()
+            chosen = {"class_path": fields.pop("method"), "init_args": fields}
             self.config = self.parser.parse_object({subcommand: {"peft": {"method": chosen}}}, self.config)
 
     @override

@@ -14,16 +14,8 @@ def build_network() -> nn.Sequential:
         )
 
 
-class Project(L.LightningModule):
-    """An untouched LightningModule whose network is built in ``__init__``."""
-
-    def __init__(self, lr: float = 1e-2) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        self.build()
-
-    def build(self) -> None:
-        self.net = build_network()
+class Steps(L.LightningModule):
+    """The steps of a classifier ``self.net``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -38,6 +30,18 @@ class Project(L.LightningModule):
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self(batch[0])
+
+
+class Project(Steps):
+    """An untouched LightningModule whose network is built in ``__init__``."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.build()
+
+    def build(self) -> None:
+        self.net = build_network()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.hparams["lr"])

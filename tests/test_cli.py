@@ -137,6 +137,18 @@ def test_errors_are_one_message_without_a_traceback(config, tmp_path, capsys):
     assert "CheckpointError" in capsys.readouterr().err
 
 
+def test_a_damaged_record_is_one_message_too(config, tmp_path, capsys):
+    for damaged in (
+        3,
+        {"version": 1, "adapters": [1]},
+        {"version": 1, "adapters": {"": {"path": "", "name": "default"}}},
+    ):
+        torch.save({"state_dict": {}, "lightning_peft": damaged}, tmp_path / "damaged.ckpt")
+        with pytest.raises(SystemExit, match="1"):
+            main(["test", f"--config={config}", f"--ckpt_path={tmp_path}/damaged.ckpt"])
+        assert "CheckpointError: The 'lightning_peft' record of this file is damaged" in capsys.readouterr().err
+
+
 def test_a_field_out_of_range_is_a_readable_usage_error(config, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["fit", f"--config={config}", "--peft.method.r=0"])

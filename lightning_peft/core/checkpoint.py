@@ -50,7 +50,7 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
         BaseMismatchError: the adapters were trained on another base.
         CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached.
     """
-    entries = _read(recorded)
+    entries = recorded_methods(recorded)
     attached = {(path, name): a.method for path, _, r in registries(model) for name, a in r.attachments.items()}
     if missing := [name for path, name in attached if (path, name) not in entries]:
         raise CheckpointError(
@@ -86,6 +86,28 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
         raise
 
 
+def recorded_methods(recorded: Any) -> dict[tuple[str, str], Method]:
+    """The methods that a record describes, by the path and the name of their adapters.
+
+    Raises:
+        CheckpointError: the record is damaged, or of a newer version.
+        ConfigError: it names an unknown method, or a field has a value it cannot have.
+    """
+    if not isinstance(recorded, Mapping) or type(recorded.get("version")) is not int or recorded["version"] < 1:
+        raise CheckpointError(
+            f"The '{RECORD}' record of this file is damaged: {type(recorded).__name__} without a version."
+        )
+    if recorded["version"] > VERSION:
+        raise CheckpointError(
+            f"The file was written by a newer lightning_peft (record version {recorded['version']}; this one reads up "
+            f"to {VERSION}). Upgrade lightning_peft."
+        )
+    try:
+        return {(e["path"], e["name"]): Method.from_config(e["method"]) for e in recorded["adapters"].values()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"The '{RECORD}' record of this file is damaged ({error!r}).") from error
+
+
 def has_adapters(model: nn.Module) -> bool:
     """Whether anything was injected on ``model`` itself or below."""
     return registry_of(model) is not None or any(True for _ in registries(model))
@@ -97,6 +119,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         AdapterKeyError: a tensor is missing, left over, or of another shape.
     """
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError("The 'state_dict' of this file is damaged: it is no mapping from names to tensors.")
     wanted = adapter_state(model)
     if missing := sorted(wanted.keys() - state.keys()):
         raise AdapterKeyError(
@@ -112,23 +136,6 @@ def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         if not isinstance(state[key], Tensor) or state[key].shape != tensor.shape:
             found = list(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
             raise AdapterKeyError(f"'{key}' is {found} in the file and must have shape {list(tensor.shape)}.")
-
-
-def _read(recorded: Any) -> dict[tuple[str, str], Method]:
-    """The adapters of a record, by (path, name)."""
-    if not isinstance(recorded, Mapping) or type(recorded.get("version")) is not int or recorded["version"] < 1:
-        raise CheckpointError(
-            f"The '{RECORD}' record of this file is damaged: {type(recorded).__name__} without a version."
-        )
-    if recorded["version"] > VERSION:
-        raise CheckpointError(
-            f"The file was written by a newer lightning_peft (record version {recorded['version']}; this one reads up "
-            f"to {VERSION}). Upgrade lightning_peft."
-        )
-    try:
-        return {(e["path"], e["name"]): Method.from_config(e["method"]) for e in recorded["adapters"].values()}
-    except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The '{RECORD}' record of this file is damaged ({error!r}).") from error
 
 
 def _differences(there: Method, here: Method) -> str:

@@ -81,11 +81,11 @@ class PEFTCallback(L.Callback):
     def _check_gradients(self) -> None:
         missing, self._without_gradient = self._without_gradient, None
         if missing:
-            hosts = list(dict.fromkeys(name.rpartition(".peft.")[0] for name in missing))
+            hosts = list(dict.fromkeys(f".{name}".rpartition(".peft.")[0].lstrip(".") for name in missing))
             raise GradientError(
                 f"The adapter {self.name!r} got no gradient in the first backward at {len(hosts)} of its layers, first "
                 f"'{hosts[0]}': the loss does not depend on that layer's output. Leave it out "
-                f"(exclude_modules=[{hosts[0].rpartition('.')[2]!r}]), or see whether the module runs it, detaches "
+                f"(exclude_modules=[{hosts[0]!r}]), or see whether the module runs it, detaches "
                 "it, or runs it under no_grad."
             )
 
@@ -101,7 +101,7 @@ def _trained(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]
         for path, adapter in registry.adapters(name):
             for key, parameter in adapter.named_parameters():
                 if parameter.requires_grad:
-                    yield f"{prefix}.{path}.peft.{key}".lstrip("."), parameter
+                    yield ".".join(part for part in (prefix, path, "peft", key) if part), parameter
 
 
 def _check_optimizers(trainer: L.Trainer, module: nn.Module) -> None:

@@ -141,10 +141,7 @@ def test_two_callbacks_train_two_adapters_together(data, trainer, tmp_path):
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
 def test_in_low_precision_the_adapter_stays_fp32_and_resumes_bit_exact(data, trainer, tmp_path, precision, dtype):
-    class Cast(Project):  # bf16-true casts floating-point inputs itself; the targets are whole numbers
-        pass
-
-    model = Cast()
+    model = Project()
     fitting = trainer(PEFTCallback(LoRA(r=4), show=False), precision=precision)
     fitting.fit(model, data, data)
     assert model.net[0].weight.dtype == dtype
@@ -152,7 +149,7 @@ def test_in_low_precision_the_adapter_stays_fp32_and_resumes_bit_exact(data, tra
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     fitting.save_checkpoint(tmp_path / "low.ckpt")
     saved = torch.load(tmp_path / "low.ckpt", weights_only=True)["state_dict"]
-    resumed = Cast()
+    resumed = Project()
     trainer(PEFTCallback(LoRA(r=4), show=False), precision=precision).test(
         resumed, data, ckpt_path=tmp_path / "low.ckpt", verbose=False
     )
@@ -195,6 +192,13 @@ def test_an_adapter_without_gradient_is_an_error_after_the_first_backward(data, 
             self.steps += 1
             return super().training_step(batch, batch_idx)
 
+    class UnusedBlock(Unused):
+        def build(self) -> None:
+            super().build()
+            self.spare = nn.Sequential(nn.Linear(16, 16))
+
+    with pytest.raises(GradientError, match=r"exclude_modules=\['spare\.0'\]"):  # not '0', which is in net, too
+        trainer(PEFTCallback(LoRA(r=4), show=False)).fit(UnusedBlock(), data, data)
     model = Unused()
     with pytest.raises(GradientError, match=r"'spare'.*exclude_modules=\['spare'\]"):
         trainer(peft).fit(model, data, data)

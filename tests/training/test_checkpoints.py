@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from project import BuiltInConfigureModel, Project, build_network
+from project import BuiltInConfigureModel, Project, Steps, build_network
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
@@ -16,7 +16,7 @@ from lightning_peft import LoRA, PEFTCallback, PEFTModule, load_from_checkpoint
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, ConfigError
 
 
-class OwnModule(PEFTModule):
+class OwnModule(PEFTModule, Steps):
     """A project written on PEFTModule; the method comes from the callback or from the file."""
 
     def __init__(self, width: int = 32, lr: float = 1e-2) -> None:
@@ -24,17 +24,6 @@ class OwnModule(PEFTModule):
         self.save_hyperparameters()
         self.net = build_network()
         self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    test_step = validation_step
 
 
 @pytest.fixture
@@ -252,6 +241,9 @@ def test_missing_left_over_and_misshapen_tensors_are_refused(edited, data, train
         rf"'{key}' is \[3, 3\] .* \[32, 4\]": lambda c: c["state_dict"].update({key: torch.ones(3, 3)}),
         f"'{key}' is str": lambda c: c["state_dict"].update({key: "text"}),
     }
+    for change in (lambda c: c.update(state_dict=3), lambda c: c["state_dict"].update({3: torch.ones(1)})):
+        with pytest.raises(CheckpointError, match="'state_dict' of this file is damaged"):
+            load_from_checkpoint(Project, edited(change))
     for message, change in changes.items():
         path = edited(change)
         with pytest.raises(AdapterKeyError, match=message):
