@@ -115,6 +115,10 @@ class Host:
     layout: Layout
     reads_weight: bool = False
     """Whether the module reads this weight in a larger computation, so that only the weight can be adapted."""
+    bias: str = ""
+    """Path of the bias that goes with the weight, from the module; empty where there is none."""
+    bias_start: int = 0
+    """Where this weight's ``layout.out_features`` entries begin in that bias."""
 
     @property
     def weight(self) -> Tensor:
@@ -142,30 +146,43 @@ class Host:
         return "" if self.parameter == "weight" else self.parameter.replace(".", "_")
 
 
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a module: what :class:`Host` says of it, seen from the module alone."""
+
+    layout: Layout
+    parameter: str = "weight"
+    name: str = ""
+    """Name below the module; empty where the module itself is meant."""
+    reads_weight: bool = False
+    bias: str = ""
+    bias_start: int = 0
+
+
 @singledispatch
-def weights_of(module: nn.Module) -> tuple[tuple[str, str, Layout, bool], ...]:
-    """The weights of ``module`` that can be adapted: (name below the module, parameter, layout, read by the module)."""
+def weights_of(module: nn.Module) -> tuple[Weight, ...]:
+    """The weights of ``module`` that can be adapted."""
     if (conv1d := hf_conv1d()) and isinstance(module, conv1d):
         size_in, size_out = module.get_parameter("weight").shape
-        return (("", "weight", TransposedLayout(size_out, size_in), False),)
+        return (Weight(TransposedLayout(size_out, size_in), bias="bias"),)
     return ()
 
 
 @weights_of.register
-def _(module: nn.Linear) -> tuple[tuple[str, str, Layout, bool], ...]:
-    return (("", "weight", Layout(module.out_features, module.in_features), False),)
+def _(module: nn.Linear) -> tuple[Weight, ...]:
+    return (Weight(Layout(module.out_features, module.in_features), bias=_bias(module)),)
 
 
 @weights_of.register
-def _(module: nn.Embedding) -> tuple[tuple[str, str, Layout, bool], ...]:
+def _(module: nn.Embedding) -> tuple[Weight, ...]:
     layout = EmbeddingLayout(module.embedding_dim, module.num_embeddings, module.padding_idx, module.scale_grad_by_freq)
-    return (("", "weight", layout, False),)
+    return (Weight(layout),)
 
 
 @weights_of.register(nn.Conv1d)
 @weights_of.register(nn.Conv2d)
 @weights_of.register(nn.Conv3d)
-def _(module: Any) -> tuple[tuple[str, str, Layout, bool], ...]:
+def _(module: Any) -> tuple[Weight, ...]:
     layout = ConvLayout(
         module.out_channels,
         module.weight[0].numel(),
@@ -177,19 +194,27 @@ def _(module: Any) -> tuple[tuple[str, str, Layout, bool], ...]:
         module.padding_mode,
         tuple(module._reversed_padding_repeated_twice),
     )
-    return (("", "weight", layout, False),)
+    return (Weight(layout, bias=_bias(module)),)
 
 
 @weights_of.register
-def _(module: nn.MultiheadAttention) -> tuple[tuple[str, str, Layout, bool], ...]:
-    d = module.embed_dim
+def _(module: nn.MultiheadAttention) -> tuple[Weight, ...]:
+    d, bias = module.embed_dim, _bias(module, "in_proj_bias")
     if module.in_proj_weight is not None:
-        inputs = [("in_proj", "in_proj_weight", Layout(3 * d, d), True)]
+        inputs = [Weight(Layout(3 * d, d), "in_proj_weight", "in_proj", True, bias)]
     else:
         sizes = {"q_proj": d, "k_proj": module.kdim, "v_proj": module.vdim}
-        inputs = [(name, f"{name}_weight", Layout(d, size), True) for name, size in sizes.items()]
+        inputs = [
+            Weight(Layout(d, size), f"{name}_weight", name, True, bias, i * d)
+            for i, (name, size) in enumerate(sizes.items())
+        ]
     # out_proj is a module, but its forward never runs: the attention reads its weight.
-    return (*inputs, ("out_proj", "out_proj.weight", Layout(d, d), True))
+    bias = "out_proj.bias" if _bias(module.out_proj) else ""
+    return (*inputs, Weight(Layout(d, d), "out_proj.weight", "out_proj", True, bias))
+
+
+def _bias(module: nn.Module, name: str = "bias") -> str:
+    return name if module._parameters.get(name) is not None else ""
 
 
 def find_hosts(model: nn.Module) -> Iterator[Host]:
@@ -208,12 +233,14 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
                 )
         if id(module) in claimed:
             continue
-        for suffix, parameter_path, layout, reads_weight in weights_of(module):
-            owner = parameter_path.rpartition(".")[0]
+        for weight in weights_of(module):
+            owner = weight.parameter.rpartition(".")[0]
             if owner:
                 claimed.add(id(module.get_submodule(owner)))
-            name = ".".join(part for part in (path, suffix) if part)
-            yield Host(name, path, module, parameter_path, layout, reads_weight)
+            name = ".".join(part for part in (path, weight.name) if part)
+            yield Host(
+                name, path, module, weight.parameter, weight.layout, weight.reads_weight, weight.bias, weight.bias_start
+            )
 
 
 def read_parameters(module: nn.Module) -> tuple[str, ...]:
