@@ -57,9 +57,10 @@ class _EvalForward:
 
 
 class _PaddedForward:
-    """Keeps a frozen encoder in eval from packing padded input into a nested tensor while gradients are computed.
+    """Keeps a frozen encoder in eval from packing padded input into a nested tensor while adapters act inside it.
 
-    Torch does that where nothing of the encoder trains, and then asks for the fused attention, which hooks rule out.
+    Torch does that where nothing of the encoder trains, and then asks for the fused attention, which hooks rule out;
+    few operations that an adapter may need know nested tensors.
     """
 
     def __init__(self) -> None:
@@ -67,7 +68,8 @@ class _PaddedForward:
 
     def enter(self, encoder: Any, args: tuple[Any, ...]) -> None:
         self.nests = encoder.use_nested_tensor
-        encoder.use_nested_tensor = self.nests and not torch.is_grad_enabled()
+        acting = any(isinstance(module, AdapterSlots) and module.active for module in encoder.modules())
+        encoder.use_nested_tensor = self.nests and not acting and not torch.is_grad_enabled()
 
     def leave(self, encoder: Any, args: tuple[Any, ...], output: Any) -> None:
         encoder.use_nested_tensor = self.nests

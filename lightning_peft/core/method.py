@@ -65,6 +65,10 @@ class Method(ABC):
         values = {name: _primitive(getattr(self, name)) for name in self.field_names()}
         return {"method": type(self).__name__, **values}
 
+    def invalid(self, name: str, expected: str) -> ConfigError:
+        """The error for a field that has a value it cannot have."""
+        return ConfigError(f"{type(self).__name__}.{name} must be {expected}, not {getattr(self, name)!r}.")
+
     @classmethod
     def field_names(cls) -> list[str]:
         """The names of this method's fields."""
@@ -99,12 +103,12 @@ class Method(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerMethod(Method):
-    """A method that puts one adapter on each chosen layer."""
+class TargetedMethod(Method):
+    """A method that acts on chosen parts of the network."""
 
-    target_modules: list[str] | str = ALL_LINEAR
-    """Layers to adapt: "all-linear" (every linear layer but the task head), a list of name suffixes and roles, or one
-    regular expression for whole names. Roles: attention, query, key, value, attention-output, ffn, ffn-output."""
+    target_modules: list[str] | str | None = None
+    """What to adapt: a list of name suffixes and roles, or one regular expression for whole names; None for the places
+    that the method finds itself. Roles: attention, query, key, value, attention-output, ffn, ffn-output."""
     exclude_modules: list[str] | str | None = None
     """Layers to leave alone: name parts (all below is left alone too), roles, or one regular expression."""
     layers: list[int] | None = None
@@ -116,12 +120,26 @@ class LayerMethod(Method):
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             strings = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
-            if not (strings or (isinstance(value, str) and value) or (value is None and name != "target_modules")):
+            if not (strings or (isinstance(value, str) and value) or value is None):
                 raise self.invalid(name, "a non-empty string or a list of them")
         if self.layers is not None and not (
             isinstance(self.layers, (list, tuple)) and self.layers and all(type(v) is int for v in self.layers)
         ):
             raise self.invalid("layers", "a list of layer indices, or None for all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(TargetedMethod):
+    """A method that puts one adapter on each chosen layer."""
+
+    target_modules: list[str] | str = ALL_LINEAR
+    """Layers to adapt: "all-linear" (every linear layer but the task head), a list of name suffixes and roles, or one
+    regular expression for whole names. Roles: attention, query, key, value, attention-output, ffn, ffn-output."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_modules is None:
+            raise self.invalid("target_modules", "a non-empty string or a list of them")
 
     @abstractmethod
     def build(self, host: Host) -> Adapter:
@@ -149,10 +167,6 @@ class LayerMethod(Method):
         if refusal and not placements:
             raise refusal
         return Plan(placements, left_out)
-
-    def invalid(self, name: str, expected: str) -> ConfigError:
-        """The error for a field that has a value it cannot have."""
-        return ConfigError(f"{type(self).__name__}.{name} must be {expected}, not {getattr(self, name)!r}.")
 
 
 def registered_methods(base: type[Method] = Method) -> Iterator[type[Method]]:

@@ -102,6 +102,8 @@ def report(model: nn.Module) -> Report:
     for prefix, owner, registry in registries(model):
         for name, attachment in registry.attachments.items():
             for path, adapter in registry.adapters(name):
+                if not any(True for _ in adapter.parameters()):
+                    continue  # it only hands on what another one needs
                 host = owner.get_submodule(path)
                 kind = "trained whole" if isinstance(adapter, SavedParameters) else type(attachment.method).__name__
                 trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)

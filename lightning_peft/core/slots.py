@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
+from lightning_peft.core.tensors import first_input
 
 CHILD = "peft"  # the name under which a host carries its slots
 
@@ -85,7 +86,7 @@ class AdapterSlots(nn.Module):
 
     def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         for adapter in self._after:
-            output = adapter(args[0] if args else next(iter(kwargs.values())), output)
+            output = adapter(first_input(args, kwargs), output)
         return output
 
     def swap_in(self, host: nn.Module, args: tuple[Any, ...]) -> None:

@@ -54,13 +54,87 @@ def select_hosts(
             raise TargetError(f"exclude_modules: {pattern!r} matches nothing.{_known(pattern, hosts)}")
         chosen -= dropped
     if layers is not None:
-        chosen &= _in_layers(layers, hosts)
+        chosen &= in_layers(layers, [host.name for host in hosts])
     if not chosen:
         raise TargetError(
             f"Nothing to adapt: target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r} leave no "
             f"layer of {type(model).__name__}.{_known('', hosts)}"
         )
     return [host for host in hosts if host.name in chosen]
+
+
+def select_modules(
+    model: nn.Module,
+    targets: list[str] | str,
+    exclude: Patterns = None,
+    layers: Sequence[int] | None = None,
+    saved: Iterable[str] = (),
+) -> list[str]:
+    """Choose modules of any kind by name suffix, role or one regular expression; the rest as :func:`select_hosts`.
+
+    Returns:
+        Paths of modules whose forward runs: the weights inside an ``nn.MultiheadAttention`` stand for the whole.
+
+    Raises:
+        TargetError: one of the patterns or indices matches nothing, or nothing is left.
+    """
+    hosts = list(find_hosts(model))
+    runs = {path: path for path, module in base_modules(model) if any(True for _ in module.parameters())}
+    runs.update({host.name: host.path for host in hosts})
+    roles = find_roles(hosts)
+    chosen: set[str] = set()
+    for pattern in _patterns(targets):
+        names = {name for name in runs if _ends_with(name, pattern)} or roles.get(pattern) or _match(pattern, runs)
+        if not names:
+            raise TargetError(
+                f"target_modules: no module is called {pattern!r} in {type(model).__name__}."
+                f"{did_you_mean(pattern, {name.rpartition('.')[2] for name in runs})}"
+            )
+        chosen |= {runs[name] for name in names}
+    return narrow([path for path in runs if path in chosen], exclude, layers, saved)
+
+
+def narrow(
+    names: Sequence[str], exclude: Patterns = None, layers: Sequence[int] | None = None, saved: Iterable[str] = ()
+) -> list[str]:
+    """Leave out of ``names`` what ``exclude`` matches, what is in none of ``layers``, and what lies below ``saved``.
+
+    Raises:
+        TargetError: a pattern or an index matches nothing, or nothing is left.
+    """
+    left = [name for name in names if not any(_within(name, path) for path in saved)]
+    for pattern in _patterns(exclude):
+        dropped = {name for name in names if f".{pattern}." in f".{name}."} or _match(pattern, names)
+        if not dropped:
+            raise TargetError(
+                f"exclude_modules: {pattern!r} matches nothing."
+                f"{did_you_mean(pattern, {part for name in names for part in name.split('.')})}"
+            )
+        left = [name for name in left if name not in dropped]
+    if layers is not None:
+        inside = in_layers(layers, names)
+        left = [name for name in left if name in inside]
+    if not left:
+        raise TargetError(f"Nothing to adapt: exclude_modules={exclude!r} and layers={layers!r} leave nothing.")
+    return left
+
+
+def in_layers(layers: Sequence[int], names: Sequence[str]) -> set[str]:
+    """Those of ``names`` that lie in the layers of these indices; negative ones count from each container's end.
+
+    Raises:
+        TargetError: no numbered container has such a layer.
+    """
+    depth: dict[str, int] = {}
+    for name in names:
+        if found := layer_index(name):
+            depth[found[0]] = max(depth.get(found[0], 0), found[1] + 1)
+    stacks = ", ".join(f"'{path}' (0 to {n - 1})" for path, n in depth.items())
+    for index in layers:
+        if not any(-n <= index < n for n in depth.values()):
+            raise TargetError(f"layers: there is no layer {index}. Numbered layers here: {stacks or 'none'}.")
+    wanted = {path: {index % n for index in layers if -n <= index < n} for path, n in depth.items()}
+    return {name for name in names if (at := layer_index(name)) and at[1] in wanted[at[0]]}
 
 
 def match_modules(model: nn.Module, patterns: Iterable[str], field: str) -> list[str]:
@@ -108,7 +182,7 @@ def _patterns(patterns: Patterns) -> Iterator[str]:
 
 def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]], whole: Sequence[Host]) -> set[str]:
     by_name = {host.name for host in hosts if _ends_with(host.name, pattern) or _ends_with(host.path, pattern)}
-    matched = by_name or roles.get(pattern) or _match_expression(pattern, hosts)
+    matched = by_name or roles.get(pattern) or _match(pattern, [host.name for host in hosts])
     if not matched:
         if any(_ends_with(host.name, pattern) for host in whole):
             raise TargetError(
@@ -127,28 +201,15 @@ def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]
 
 def _match_exclusion(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]]) -> set[str]:
     by_name = {host.name for host in hosts if f".{pattern}." in f".{host.name}."}
-    return by_name or roles.get(pattern) or _match_expression(pattern, hosts)
+    return by_name or roles.get(pattern) or _match(pattern, [host.name for host in hosts])
 
 
-def _match_expression(pattern: str, hosts: Sequence[Host]) -> set[str]:
+def _match(pattern: str, names: Iterable[str]) -> set[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
         raise TargetError(f"{pattern!r} is neither the name of a layer nor a regular expression: {error}.") from error
-    return {host.name for host in hosts if expression.fullmatch(host.name)}
-
-
-def _in_layers(layers: Sequence[int], hosts: Sequence[Host]) -> set[str]:
-    depth: dict[str, int] = {}
-    for host in hosts:
-        if found := layer_index(host.name):
-            depth[found[0]] = max(depth.get(found[0], 0), found[1] + 1)
-    stacks = ", ".join(f"'{path}' (0 to {n - 1})" for path, n in depth.items())
-    for index in layers:
-        if not any(-n <= index < n for n in depth.values()):
-            raise TargetError(f"layers: there is no layer {index}. Numbered layers here: {stacks or 'none'}.")
-    wanted = {path: {index % n for index in layers if -n <= index < n} for path, n in depth.items()}
-    return {host.name for host in hosts if (at := layer_index(host.name)) and at[1] in wanted[at[0]]}
+    return {name for name in names if expression.fullmatch(name)}
 
 
 def _known(pattern: str, hosts: Sequence[Host]) -> str:

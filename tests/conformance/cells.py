@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lightning_peft import inject
 from lightning_peft.core.method import Method
-from lightning_peft.errors import NotApplicableError
+from lightning_peft.errors import NotApplicableError, TargetError
 
 
 class Cell:
     """One method on one host: what the tests need to build, run and train it."""
 
     def __init__(self, host: Host, method: type[Method]) -> None:
-        self.host, self.method = host, _pointed_at(method(), host.targets)
+        self.host, self.method = host, _fitted(method(), host)
 
     def base(self) -> nn.Module:
         """A fresh copy of the network, in train mode."""
@@ -104,6 +104,18 @@ def perturb(model: nn.Module, name: str = "default") -> None:
         for key, parameter in model.named_parameters():
             if f".peft.{name}" in f".{key}" and parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def _fitted(method: Method, host: Host) -> Method:
+    """``method`` as it is where it finds its own places in the network, else pointed at the host's layers."""
+    if getattr(method, "target_modules", "") is None:
+        try:
+            method.plan(host.network(), [])
+        except (NotApplicableError, TargetError):
+            pass
+        else:
+            return method
+    return _pointed_at(method, host.targets)
 
 
 def _pointed_at(method: Method, targets: tuple[str, ...]) -> Method:

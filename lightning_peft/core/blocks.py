@@ -1,0 +1,98 @@
+"""The blocks of a transformer, found from where its linear layers sit.
+
+Query, key and value are known by the handful of names the field gives to those three projections; everything else
+follows from structure: an attention is the smallest module that holds the projections and one more linear layer (its
+output); a block is the smallest module that holds an attention and linear layers outside of it (its feedforward part).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_peft.core.hosts import Host
+
+PROJECTIONS = {
+    "query": {"q", "query", "q_proj", "q_lin", "query_proj", "wq", "to_q"},
+    "key": {"k", "key", "k_proj", "k_lin", "key_proj", "wk", "to_k"},
+    "value": {"v", "value", "v_proj", "v_lin", "value_proj", "wv", "to_v"},
+    "fused": {"in_proj", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"},
+}
+# Projections of relative positions: part of an attention, and none of the three (DeBERTa with share_att_key=False).
+_POSITIONS = {"pos_key_proj", "pos_query_proj"}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention: the names of its linear layers, in the order of the model."""
+
+    path: str
+    """Path of the smallest module that holds all of them."""
+    linears: tuple[str, ...]
+    output: str
+    """The layer that reads the heads' output; empty where there is none."""
+    cross: bool
+    """Whether it attends to another sequence: it is not the first of its block."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: its attentions, and the names of its feedforward layers."""
+
+    path: str
+    attentions: tuple[Attention, ...]
+    ffn: tuple[str, ...]
+
+
+def find_blocks(hosts: Sequence[Host]) -> list[Block]:
+    """Find the blocks among ``hosts``, in the order of the model. An attention outside of any is a block by itself."""
+    linears = [host.name for host in hosts if host.linear]
+    leaves = {leaf for names in PROJECTIONS.values() for leaf in names} | _POSITIONS
+    projections = {name for name in linears if _leaf(name) in leaves}
+    named = {role: {name for name in linears if _leaf(name) in names} for role, names in PROJECTIONS.items()}
+    # A feature called "value" alone is no attention: a query beside it, or the three in one, is.
+    anchors = named["fused"] | {
+        q for q in named["query"] if _siblings(q, named["key"]) and _siblings(q, named["value"])
+    }
+    scopes = dict.fromkeys(_climb(_parent(name), linears, projections) for name in linears if name in anchors)
+    inside = {scope: tuple(name for name in linears if _below(name, scope)) for scope in scopes}
+    attended = {name for names in inside.values() for name in names}
+    owners = {scope: _climb(_parent(scope), linears, attended) if scope else scope for scope in scopes}
+    blocks = []
+    for path in dict.fromkeys(owners.values()):
+        own = [scope for scope, owner in owners.items() if owner == path]
+        outputs = {scope: [name for name in inside[scope] if name not in projections][-1:] for scope in own}
+        attentions = tuple(
+            Attention(scope, inside[scope], "".join(outputs[scope]), cross=i > 0) for i, scope in enumerate(own)
+        )
+        outside = tuple(name for name in linears if _below(name, path) and name not in attended)
+        blocks.append(Block(path, attentions, outside if any(own) else ()))
+    return blocks
+
+
+def _climb(start: str, names: list[str], known: set[str]) -> str:
+    """The nearest module at or above ``start`` that holds one of ``names`` not yet ``known``, within the same stack."""
+    path = start
+    while not any(_below(name, path) and name not in known for name in names):
+        if not path or (_leaf(path).isdigit() and not _numbered(_parent(path))):
+            return start  # the top, or out of the stack of blocks: what lies there belongs to the model
+        path = _parent(path)
+    return path
+
+
+def _siblings(name: str, others: set[str]) -> bool:
+    return any(_parent(name) == _parent(other) for other in others)
+
+
+def _below(name: str, path: str) -> bool:
+    return not path or name.startswith(f"{path}.")
+
+
+def _numbered(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]

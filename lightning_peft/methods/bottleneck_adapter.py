@@ -1,0 +1,309 @@
+r"""Bottleneck adapters: two small linear layers and a non-linearity, in every block of a transformer or anywhere else.
+
+.. math:: f(z) = s \cdot (W_{up}\, \sigma(W_{down} z + b) + b')
+
+With h the output of a sublayer, x its residual input and LN its norm, the presets are
+
+============== ================================ ============================ =====================================
+preset         post-LN block (BERT)             pre-LN block (Llama)         paper
+============== ================================ ============================ =====================================
+houlsby        LN(h + f(h) + x)                 x + h + f(h)                 Houlsby et al., 2019, arXiv:1902.00751
+pfeiffer       LN(h + f(z) + x), z = LN(h + x)  x + h + f(h + x)             Pfeiffer et al., 2021, arXiv:2005.00247
+parallel       LN(h + f(x) + x)                 x + h + f(x)                 He et al., 2022, arXiv:2110.04366
+adapter_plus   z + f(z), z = LN(h + x)          z + f(z), z = h + x          Steitz and Roth, 2024, arXiv:2406.06820
+============== ================================ ============================ =====================================
+
+h is taken before the block's own dropout.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import InputAdapter, OutputAdapter, adapter_dtype
+from lightning_peft.core.gate import Gate
+from lightning_peft.core.method import Placement, Plan, TargetedMethod
+from lightning_peft.core.residuals import Sublayer, find_sublayers
+from lightning_peft.core.taps import Capture, Tap
+from lightning_peft.core.targets import narrow, select_modules
+from lightning_peft.core.tensors import first_input, first_output, with_first_input, with_first_output
+from lightning_peft.core.widths import Width, width_of
+from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "houlsby": {"after_attention": True},
+    "pfeiffer": {"reads": "sum", "nonlinearity": "relu"},
+    "parallel": {"reads": "input", "nonlinearity": "relu", "reduction_factor": 2.0, "scale": 4.0, "init": "mam"},
+    "adapter_plus": {
+        "reads": "sum",
+        "residual": "after",
+        "nonlinearity": "gelu",
+        "reduction_factor": 96.0,
+        "scale": "channel",
+    },
+}
+_DEFAULTS = {
+    "after_attention": False,
+    "after_ffn": True,
+    "reads": "output",
+    "residual": "before",
+    "reduction_factor": 16.0,
+    "nonlinearity": "swish",
+    "scale": 1.0,
+    "init": "houlsby",
+}
+_NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "swish": F.silu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "leaky_relu": F.leaky_relu,
+    "identity": lambda z: z,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BottleneckAdapter(TargetedMethod):
+    """Bottleneck adapters after the attention and feedforward parts of each block, or on any named module.
+
+    A field that is None has the value of the preset.
+
+    Raises:
+        ConfigError: a field is out of range, there is no such preset, or the fields contradict each other.
+        NotApplicableError: the model has no transformer blocks, or their norms cannot be told.
+    """
+
+    preset: str = "houlsby"
+    """What fields left at None are: "houlsby", "pfeiffer", "parallel" or "adapter_plus"."""
+    after_attention: bool | None = None
+    """Whether there is one at each self-attention."""
+    after_ffn: bool | None = None
+    """Whether there is one at each feedforward part."""
+    after_cross_attention: bool = False
+    """Whether there is one at each attention to another sequence."""
+    reads: Literal["output", "sum", "input"] | None = None
+    """What it reads: the sublayer's output h, the sum h + x (normed where the block is post-LN), or the input x."""
+    residual: Literal["before", "after"] | None = None
+    """Whether it is added before the residual sum (and its norm), or after; "after" needs reads="sum"."""
+    reduction_factor: float | None = None
+    """Features of the stream over those of the bottleneck, at least 1."""
+    width: int | None = None
+    """Features of the bottleneck, at least 1; takes the place of reduction_factor."""
+    nonlinearity: str | None = None
+    """One of relu, gelu, swish, silu, tanh, leaky_relu, identity."""
+    scale: float | Literal["learned", "channel"] | None = None
+    """A fixed factor other than 0, or a learned one that starts at 1: one number, or one for each channel."""
+    dropout: float = 0.0
+    """Probability of dropping a feature of the bottleneck, 0 to 1 (exclusive)."""
+    init: Literal["houlsby", "bert", "mam"] | None = None
+    """Weights at the start: "houlsby" truncated normal 0.01, "bert" normal 0.02, "mam" up zero (exactly the base)."""
+    layer_norm: Literal["before", "after"] | None = None
+    """A LayerNorm of its own, before the bottleneck or after it; None for none."""
+    gating: bool = False
+    """Whether a gate from the adapter's input, from 0 to 1, scales what it adds (UniPELT)."""
+    target_modules: list[str] | str | None = None
+    """None for the blocks of a transformer; else names of any modules: y + f(y), by a 1×1 convolution behind one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset not in PRESETS:
+            raise ConfigError(
+                f"BottleneckAdapter has no preset {self.preset!r}; presets: {', '.join(PRESETS)}."
+                f"{did_you_mean(str(self.preset), PRESETS)}"
+            )
+        for name in ("after_attention", "after_ffn"):
+            if not isinstance(self.choice(name), bool):
+                raise self.invalid(name, "true, false, or null for the preset's")
+        for name in ("after_cross_attention", "gating"):
+            if type(getattr(self, name)) is not bool:
+                raise self.invalid(name, "true or false")
+        for name, known in {
+            "reads": ("output", "sum", "input"),
+            "residual": ("before", "after"),
+            "nonlinearity": tuple(_NONLINEARITIES),
+            "init": ("houlsby", "bert", "mam"),
+            "layer_norm": ("before", "after", None),
+        }.items():
+            if self.choice(name) not in known:
+                raise self.invalid(name, f"one of {', '.join(map(repr, known))}")
+        factor, scale = self.choice("reduction_factor"), self.choice("scale")
+        if not (_number(factor) and 1 <= factor < math.inf):
+            raise self.invalid("reduction_factor", "a number, at least 1")
+        if self.width is not None and not (type(self.width) is int and self.width >= 1):
+            raise self.invalid("width", "at least 1 and whole, or null to follow reduction_factor")
+        if scale not in ("learned", "channel") and not (_number(scale) and scale and math.isfinite(scale)):
+            raise self.invalid("scale", "'learned', 'channel' or a number other than 0")
+        if not (_number(self.dropout) and 0 <= self.dropout < 1):
+            raise self.invalid("dropout", "a probability: at least 0, less than 1")
+        if self.choice("residual") == "after" and self.choice("reads") != "sum":
+            raise self.invalid("residual", "'before' unless reads='sum': after the residual, the sum is what is there")
+        if not any(self.choice(name) for name in ("after_attention", "after_ffn", "after_cross_attention")):
+            raise ConfigError(
+                "BottleneckAdapter: one of after_attention, after_ffn, after_cross_attention must be true."
+            )
+
+    def choice(self, name: str) -> Any:
+        """The value of a field, the preset's where it is None."""
+        value = getattr(self, name)
+        return PRESETS[self.preset].get(name, _DEFAULTS.get(name)) if value is None else value
+
+    @property
+    def starts_as_base(self) -> bool:
+        return bool(self.choice("init") == "mam")
+
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        if self.target_modules is not None:
+            paths = select_modules(model, self.target_modules, self.exclude_modules, self.layers, saved)
+            return Plan([Placement(path, self._on(path, model.get_submodule(path))) for path in paths])
+        kinds = {"attention": "after_attention", "cross-attention": "after_cross_attention", "ffn": "after_ffn"}
+        sublayers = [s for s in find_sublayers(model) if self.choice(kinds[s.kind])]
+        if not sublayers:
+            raise NotApplicableError(
+                f"BottleneckAdapter finds no transformer blocks with such a part in {type(model).__name__}. Name the "
+                "modules whose output to adapt: target_modules=['layer1', 'layer2']."
+            )
+        chosen = narrow([s.output for s in sublayers], self.exclude_modules, self.layers, saved)
+        return Plan([p for s in sublayers if s.output in chosen for p in self._in_block(model, s)])
+
+    def _on(self, path: str, module: nn.Module) -> OutputAdapter:
+        width = width_of(module)
+        if width is None:
+            raise TargetError(
+                f"BottleneckAdapter cannot tell how many features '{path}' ({type(module).__name__}) puts out: it has "
+                "no linear, convolution, recurrent or norm layer. Name a layer inside it."
+            )
+        return BottleneckOutput(path, self._bottleneck(width, module), width)
+
+    def _in_block(self, model: nn.Module, s: Sublayer) -> Iterator[Placement]:
+        """The adapter of one sublayer, and what feeds it. Parts keep several on one host apart."""
+        width, reads, part = Width(s.width, -1), self.choice("reads"), "" if s.kind == "ffn" else s.kind
+        if reads != "output" and s.pre is None:
+            raise NotApplicableError(
+                f"BottleneckAdapter(reads={reads!r}) has to know where the norm of '{s.output}' is, and the block "
+                f"'{s.block}' does not tell. Use preset='houlsby', or name modules in target_modules."
+            )
+        f = self._bottleneck(width, model.get_submodule(s.output))
+        if reads == "output":
+            yield Placement(s.output, BottleneckOutput(s.output, f, width), part)
+        elif reads == "sum" and not s.pre:
+            norm = model.get_submodule(s.norm)
+            after = self.choice("residual") == "after"
+            adapter = BottleneckOutput(s.norm, f, width) if after else BottleneckBeforeNorm(f, norm)
+            yield Placement(s.norm, adapter, part)
+        elif reads == "sum" and s.last:
+            yield Placement(s.block, BottleneckOutput(s.block, f, width), part)
+        else:
+            tap = Tap()
+            yield Placement(s.norm if s.pre else s.source, Capture(tap), f"{part}x")
+            yield Placement(s.output, BottleneckOutput(s.output, f, width, tap, reads == "sum"), part)
+
+    def _bottleneck(self, width: Width, host: nn.Module) -> "Bottleneck":
+        m = self.width or max(1, int(width.features // self.choice("reduction_factor")))
+        return Bottleneck(self, width.features, m, next(host.parameters()))
+
+    def invalid(self, name: str, expected: str) -> ConfigError:
+        return ConfigError(f"BottleneckAdapter.{name} must be {expected}, not {self.choice(name)!r}.")
+
+
+class Bottleneck(nn.Module):
+    """f: (..., d) -> (..., d)."""
+
+    def __init__(self, method: BottleneckAdapter, d: int, m: int, like: Tensor) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
+        self.down, self.up = nn.Linear(d, m, **options), nn.Linear(m, d, **options)
+        self.nonlinearity, self.dropout, scale = method.choice("nonlinearity"), method.dropout, method.choice("scale")
+        learned = {"learned": 1, "channel": d}.get(scale)
+        self.scale = nn.Parameter(torch.ones(learned, **options)) if learned else scale
+        self.norm_before = nn.LayerNorm(d, **options) if method.layer_norm == "before" else None
+        self.norm_after = nn.LayerNorm(d, **options) if method.layer_norm == "after" else None
+        self.gate = Gate(d, self.down.weight) if method.gating else None
+        _INITS[method.choice("init")](self.down, self.up)
+        for bias in (self.down.bias, self.up.bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        entered = z
+        if self.norm_before is not None:
+            z = _norm(self.norm_before, z)
+        h = _NONLINEARITIES[self.nonlinearity](_linear(self.down, z))
+        if self.dropout:
+            h = F.dropout(h, self.dropout, self.training)
+        out = _linear(self.up, h)
+        if self.norm_after is not None:
+            out = _norm(self.norm_after, out)
+        out = out * (self.scale.to(out.dtype) if isinstance(self.scale, Tensor) else self.scale)
+        return out if self.gate is None else out * self.gate(entered)
+
+
+class BottleneckOutput(OutputAdapter):
+    """y + f(y); with a tap, y + f(x) or y + f(y + x) of the x that is in it."""
+
+    def __init__(
+        self, path: str, bottleneck: Bottleneck, width: Width, tap: Tap | None = None, adds_tap: bool = False
+    ) -> None:
+        super().__init__()
+        self.path, self.bottleneck, self.width, self.tap, self.adds_tap = path, bottleneck, width, tap, adds_tap
+
+    def forward(self, x: Any, y: Any) -> Any:
+        h = first_output(y)
+        z = h if self.tap is None else self.tap.take()
+        if self.adds_tap:
+            z = z + h
+        z = z.movedim(self.width.dim, -1)
+        if z.shape[-1] != self.width.features:
+            raise TargetError(
+                f"BottleneckAdapter on '{self.path}' expected {self.width.features} features and met an output of "
+                f"shape {tuple(h.shape)}. Name another module in target_modules, such as the last layer inside it."
+            )
+        return with_first_output(y, h + self.bottleneck(z).movedim(-1, self.width.dim).to(h.dtype))
+
+
+class BottleneckBeforeNorm(InputAdapter):
+    """LN(u + f(LN(u))) with u the residual sum: what the norm gets is changed, so its weights in force are used."""
+
+    def __init__(self, bottleneck: Bottleneck, norm: nn.Module) -> None:
+        super().__init__()
+        self.bottleneck = bottleneck
+        self._norm = (norm,)  # in a tuple: it stays the base's module, not one of this adapter
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        u = first_input(args, kwargs)
+        return with_first_input(args, kwargs, u + self.bottleneck(self._norm[0].forward(u)).to(u.dtype))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    # The small factors follow the dtype of the large tensors, never the other way round.
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
+    return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
+
+
+def _houlsby(down: nn.Linear, up: nn.Linear) -> None:
+    for layer in (down, up):
+        nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+
+
+def _bert(down: nn.Linear, up: nn.Linear) -> None:
+    for layer in (down, up):
+        nn.init.normal_(layer.weight, std=0.02)
+
+
+def _mam(down: nn.Linear, up: nn.Linear) -> None:
+    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+    nn.init.zeros_(up.weight)
+
+
+_INITS: dict[str, Callable[[nn.Linear, nn.Linear], None]] = {"houlsby": _houlsby, "bert": _bert, "mam": _mam}
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
