@@ -1,4 +1,4 @@
-"""Modules that are trained whole beside the adapters: a task head, a norm, an embedding.
+"""Parameters of the base that train: all of a module (a task head, an embedding), or chosen ones (biases, norms).
 
 Their trainable copies are adapters too, so the base keeps its own values, and disabling, switching and removing work
 as they do everywhere else.
@@ -7,6 +7,7 @@ as they do everywhere else.
 from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.core.adapter import WeightAdapter, adapter_dtype
 from lightning_peft.core.heads import task_heads
@@ -14,35 +15,68 @@ from lightning_peft.core.hosts import read_parameters
 from lightning_peft.core.method import Placement
 from lightning_peft.core.slots import base_modules
 from lightning_peft.core.targets import match_modules
+from lightning_peft.errors import NotApplicableError
+
+Copies = dict[int, nn.Parameter]
+"""The copies made for one adapter, by the ``id`` of the base's parameter: what is tied there has one copy here."""
 
 
-class SavedParameters(WeightAdapter):
-    """A trainable copy of the parameters (and buffers) of one module, read in place of its own."""
+class TunedParameters(WeightAdapter):
+    """A trainable copy of parameters (and buffers) of one module, read in place of its own."""
 
-    def __init__(self, host: nn.Module) -> None:
+    def __init__(self, host: nn.Module, names: Sequence[str] | None = None, copies: Copies | None = None) -> None:
+        """Copy the parameters ``names`` of ``host``, all that it reads if None.
+
+        Raises:
+            NotApplicableError: a parameter is quantised, complex, or not there yet (a lazy layer).
+        """
         super().__init__()
-        self.names = read_parameters(host)
+        self.names = read_parameters(host) if names is None else tuple(names)
         self._places: dict[str, str] = {}
         for path in self.names:
             own = path.replace(".", "_")  # "out_proj.weight" cannot be the name of a parameter
+            while hasattr(self, own):
+                own += "_"
             self._places[path] = own
-            owner = host.get_submodule(path.rpartition(".")[0])
-            tensor: Tensor = getattr(owner, path.rpartition(".")[2])
-            if path.rpartition(".")[2] in owner._parameters:
-                self.register_parameter(own, nn.Parameter(tensor.detach().to(adapter_dtype(tensor), copy=True)))
+            owner, leaf = host.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+            if leaf in owner._parameters:
+                self.register_parameter(own, trainable_copy(getattr(owner, leaf), path, copies))
             else:
-                self.register_buffer(own, tensor.detach().clone())
+                self.register_buffer(own, getattr(owner, leaf).detach().clone())
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         own: Tensor = getattr(self, self._places[name])
         return own.to(weight.dtype)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SavedParameters":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TunedParameters":
         buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         # Buffers follow every cast: the host updates them in place, so it must get the very tensors in its own dtype.
         self._buffers.update({name: fn(buffer) for name, buffer in buffers.items()})
         return self
+
+
+class SavedParameters(TunedParameters):
+    """The copy of a module of ``modules_to_save``, which is trained whole."""
+
+
+def trainable_copy(tensor: Tensor, name: str, copies: Copies | None = None) -> nn.Parameter:
+    """A parameter with the values of ``tensor`` in full precision; one of ``copies`` if that has it already.
+
+    Raises:
+        NotApplicableError: the parameter is quantised, complex, or not there yet (a lazy layer).
+    """
+    if isinstance(tensor, UninitializedParameter):
+        raise NotApplicableError(f"'{name}' has no values yet (a lazy layer). Run one batch through the model first.")
+    if not tensor.is_floating_point():
+        raise NotApplicableError(
+            f"'{name}' cannot be trained: it is {tensor.dtype}, as after quantisation. Leave it out, or train an "
+            "adapter beside it (LoRA)."
+        )
+    copies = {} if copies is None else copies
+    if id(tensor) not in copies:
+        copies[id(tensor)] = nn.Parameter(tensor.detach().to(adapter_dtype(tensor), copy=True))
+    return copies[id(tensor)]
 
 
 def resolve_saved(model: nn.Module, modules_to_save: list[str] | str | None) -> list[str]:
@@ -59,14 +93,21 @@ def resolve_saved(model: nn.Module, modules_to_save: list[str] | str | None) -> 
     return match_modules(model, names, "modules_to_save")
 
 
+def readers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Every module whose forward reads parameters itself, as (path, module, paths of these from the module)."""
+    claimed: set[int] = set()
+    for path, module in base_modules(model):
+        if id(module) in claimed:
+            continue
+        names = read_parameters(module)
+        claimed.update(id(module.get_submodule(name.rpartition(".")[0])) for name in names if "." in name)
+        if names:
+            yield path, module, names
+
+
 def plan_saved(model: nn.Module, saved: Sequence[str]) -> Iterator[Placement]:
     """One adapter for each module below ``saved`` whose forward reads parameters of its own."""
+    copies: Copies = {}
     for top in saved:
-        claimed: set[int] = set()
-        for below, module in base_modules(model.get_submodule(top)):
-            if id(module) in claimed:
-                continue
-            names = read_parameters(module)
-            claimed.update(id(module.get_submodule(name.rpartition(".")[0])) for name in names if "." in name)
-            if names:
-                yield Placement(f"{top}.{below}" if below else top, SavedParameters(module))
+        for below, module, _ in readers(model.get_submodule(top)):
+            yield Placement(f"{top}.{below}" if below else top, SavedParameters(module, copies=copies))

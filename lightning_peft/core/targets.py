@@ -1,7 +1,7 @@
 """Selection of hosts by name, regular expression, role and layer index. What matches nothing is an error."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
@@ -48,19 +48,13 @@ def select_hosts(
         chosen = {host.name for host in hosts if host.linear and not any(_within(host.name, path) for path in head)}
     else:
         chosen = set().union(*(_match_target(pattern, hosts, roles, whole) for pattern in _patterns(targets)))
-    for pattern in _patterns(exclude):
-        dropped = _match_exclusion(pattern, hosts, roles)
-        if not dropped:
-            raise TargetError(f"exclude_modules: {pattern!r} matches nothing.{_known(pattern, hosts)}")
-        chosen -= dropped
-    if layers is not None:
-        chosen &= in_layers(layers, [host.name for host in hosts])
-    if not chosen:
+    names = narrow(chosen, [host.name for host in hosts], exclude, layers, roles)
+    if not names:
         raise TargetError(
             f"Nothing to adapt: target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r} leave no "
             f"layer of {type(model).__name__}.{_known('', hosts)}"
         )
-    return [host for host in hosts if host.name in chosen]
+    return [host for host in hosts if host.name in names]
 
 
 def select_modules(
@@ -91,32 +85,38 @@ def select_modules(
                 f"{did_you_mean(pattern, {name.rpartition('.')[2] for name in runs})}"
             )
         chosen |= {runs[name] for name in names}
-    return narrow([path for path in runs if path in chosen], exclude, layers, saved)
+    left = narrow(chosen, list(runs), exclude, layers, roles)
+    inside = [runs[name] for name in left if not any(_within(runs[name], path) for path in saved)]
+    if not inside:
+        raise TargetError(
+            f"Nothing to adapt: target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r} and "
+            f"modules_to_save leave no module of {type(model).__name__}."
+        )
+    return list(dict.fromkeys(inside))
 
 
 def narrow(
-    names: Sequence[str], exclude: Patterns = None, layers: Sequence[int] | None = None, saved: Iterable[str] = ()
+    chosen: Collection[str],
+    among: Sequence[str],
+    exclude: Patterns = None,
+    layers: Sequence[int] | None = None,
+    roles: Mapping[str, set[str]] | None = None,
 ) -> list[str]:
-    """Leave out of ``names`` what ``exclude`` matches, what is in none of ``layers``, and what lies below ``saved``.
+    """Leave out of ``chosen`` what ``exclude`` matches and what is in none of ``layers``; in the order of ``among``.
 
     Raises:
-        TargetError: a pattern or an index matches nothing, or nothing is left.
+        TargetError: a pattern or an index matches nothing ``among`` all names.
     """
-    left = [name for name in names if not any(_within(name, path) for path in saved)]
+    dropped: set[str] = set()
     for pattern in _patterns(exclude):
-        dropped = {name for name in names if f".{pattern}." in f".{name}."} or _match(pattern, names)
-        if not dropped:
-            raise TargetError(
-                f"exclude_modules: {pattern!r} matches nothing."
-                f"{did_you_mean(pattern, {part for name in names for part in name.split('.')})}"
-            )
-        left = [name for name in left if name not in dropped]
-    if layers is not None:
-        inside = in_layers(layers, names)
-        left = [name for name in left if name in inside]
-    if not left:
-        raise TargetError(f"Nothing to adapt: exclude_modules={exclude!r} and layers={layers!r} leave nothing.")
-    return left
+        by_name = {name for name in among if f".{pattern}." in f".{name}."}
+        matched = by_name or (roles or {}).get(pattern) or _match(pattern, among)
+        if not matched:
+            parts = {part for name in among for part in name.split(".")}
+            raise TargetError(f"exclude_modules: {pattern!r} matches nothing.{did_you_mean(pattern, parts)}")
+        dropped |= matched
+    inside = set(among) if layers is None else in_layers(layers, among)
+    return [name for name in among if name in chosen and name in inside and name not in dropped]
 
 
 def in_layers(layers: Sequence[int], names: Sequence[str]) -> set[str]:
@@ -197,11 +197,6 @@ def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]
         hint = f" The roles {', '.join(ROLES)} need a transformer's attention." if pattern in ROLES else ""
         raise TargetError(f"target_modules: {pattern!r} matches no layer.{hint}{_known(pattern, hosts)}")
     return matched
-
-
-def _match_exclusion(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]]) -> set[str]:
-    by_name = {host.name for host in hosts if f".{pattern}." in f".{host.name}."}
-    return by_name or roles.get(pattern) or _match(pattern, [host.name for host in hosts])
 
 
 def _match(pattern: str, names: Iterable[str]) -> set[str]:

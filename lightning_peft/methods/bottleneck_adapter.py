@@ -162,14 +162,17 @@ class BottleneckAdapter(TargetedMethod):
             paths = select_modules(model, self.target_modules, self.exclude_modules, self.layers, saved)
             return Plan([Placement(path, self._on(path, model.get_submodule(path))) for path in paths])
         kinds = {"attention": "after_attention", "cross-attention": "after_cross_attention", "ffn": "after_ffn"}
-        sublayers = [s for s in find_sublayers(model) if self.choice(kinds[s.kind])]
-        if not sublayers:
+        every = [s for s in find_sublayers(model) if not any(f"{s.output}.".startswith(f"{p}.") for p in saved)]
+        wanted = {s.output for s in every if self.choice(kinds[s.kind])}
+        if not wanted:
             raise NotApplicableError(
                 f"BottleneckAdapter finds no transformer blocks with such a part in {type(model).__name__}. Name the "
                 "modules whose output to adapt: target_modules=['layer1', 'layer2']."
             )
-        chosen = narrow([s.output for s in sublayers], self.exclude_modules, self.layers, saved)
-        return Plan([p for s in sublayers if s.output in chosen for p in self._in_block(model, s)])
+        chosen = narrow(wanted, [s.output for s in every], self.exclude_modules, self.layers)
+        if not chosen:
+            raise TargetError("BottleneckAdapter: exclude_modules and layers leave nothing to adapt.")
+        return Plan([p for s in every if s.output in chosen for p in self._in_block(model, s)])
 
     def _on(self, path: str, module: nn.Module) -> OutputAdapter:
         width = width_of(module)

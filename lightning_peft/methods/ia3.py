@@ -1,0 +1,158 @@
+r"""IA3: keys, values and feedforward activations rescaled by learned vectors.
+
+Liu et al., 2022, arXiv:2205.05638 (T-Few).
+
+.. math:: y = l \odot (W x + b) \quad\text{for keys and values}, \qquad
+          y = W (l \odot x) + b \quad\text{for the last layer of the FFN}
+
+l starts at one, so training starts from the base model. Both are a change of W and b, and merge into them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter, adapter_dtype
+from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, Layout, find_hosts
+from lightning_peft.core.method import Placement, Plan, TargetedMethod
+from lightning_peft.core.roles import find_roles
+from lightning_peft.core.targets import narrow, select_hosts
+from lightning_peft.core.tensors import first_input, with_first_input
+from lightning_peft.errors import NotApplicableError, TargetError
+
+
+@dataclass(frozen=True, kw_only=True)
+class IA3(TargetedMethod):
+    """Rescaling of keys, values and feedforward activations.
+
+    Raises:
+        NotApplicableError: no target is named, and the model has no attention.
+        TargetError: a layer of feedforward_modules is not among the targets.
+    """
+
+    target_modules: list[str] | str | None = None
+    """Layers to rescale; None for key, value and ffn-output. Of a layer that holds query, key and value in one, None
+    rescales keys and values, its name all three."""
+    feedforward_modules: list[str] | str | None = None
+    """Those of the layers whose input is rescaled, not their output; None for ffn-output where target_modules is None
+    too, else for none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        value = self.feedforward_modules
+        if not (value is None or isinstance(value, str) or all(isinstance(v, str) for v in value)):
+            raise self.invalid("feedforward_modules", "a string or a list of them")
+
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        hosts = [h for h in find_hosts(model) if not any(f"{h.name}.".startswith(f"{path}.") for path in saved)]
+        roles = find_roles(hosts)
+        feedforward, fused = self.feedforward_modules, set()
+        if self.target_modules is not None:
+            chosen = select_hosts(model, self.target_modules, self.exclude_modules, self.layers, saved)
+        else:
+            fused = roles["fused"]
+            wanted = roles["key"] | roles["value"] | roles["ffn-output"] | fused
+            if not roles["attention"]:
+                raise NotApplicableError(
+                    f"IA3 finds no attention in {type(model).__name__}. Name layers to rescale: target_modules=[...]."
+                )
+            names = narrow(wanted, [host.name for host in hosts], self.exclude_modules, self.layers, roles)
+            chosen = [host for host in hosts if host.name in names]
+            feedforward = sorted(roles["ffn-output"]) if feedforward is None else feedforward
+        scaled_inputs = {host.name for host in select_hosts(model, feedforward)} if feedforward else set()
+        if not chosen or (self.feedforward_modules and scaled_inputs.isdisjoint(host.name for host in chosen)):
+            raise TargetError(
+                f"IA3: target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r} and "
+                f"layers={self.layers!r} leave {len(chosen)} layers, none of them one of "
+                f"feedforward_modules={feedforward!r}: name it in target_modules too."
+            )
+        return Plan(
+            [Placement(h.path, self._build(h, h.name in scaled_inputs, h.name in fused), h.part) for h in chosen]
+        )
+
+    def _build(self, host: Host, scales_input: bool, spares_query: bool) -> Adapter:
+        if scales_input:
+            if host.reads_weight or isinstance(host.layout, EmbeddingLayout):
+                raise NotApplicableError(
+                    f"IA3 cannot rescale the input of '{host.name}': {type(host.module).__name__} has none of its own. "
+                    "Take it out of feedforward_modules."
+                )
+            return IA3Input(host)
+        start = host.layout.out_features // 3 if spares_query else 0
+        return IA3Weight(host, start) if host.reads_weight else IA3Output(host, start)
+
+
+class IA3Output(OutputAdapter):
+    """Rescales the features of the host's output from ``start`` on."""
+
+    def __init__(self, host: Host, start: int) -> None:
+        super().__init__()
+        self.layout, self.start, self.bias = host.layout, start, host.bias
+        self.ia3_l = _ones(host.layout.out_features - start, host.weight)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scale = _from(self.start, self.ia3_l).to(y.dtype)
+        return y * _channels(self.layout, scale)
+
+    def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight = parameters["weight"]
+        scale = _from(self.start, self.ia3_l).to(weight.dtype)
+        merged = {"weight": self.layout.native(self.layout.matrix(weight) * scale[:, None])}
+        return {**merged, "bias": parameters["bias"] * scale} if self.bias else merged
+
+
+class IA3Weight(WeightAdapter):
+    """Rescales rows of a weight, and entries of its bias, that the host reads itself."""
+
+    def __init__(self, host: Host, start: int) -> None:
+        super().__init__()
+        self.names = (host.parameter, host.bias) if host.bias else (host.parameter,)
+        self.start, self.bias_start = start, host.bias_start
+        self.ia3_l = _ones(host.layout.out_features - start, host.weight)
+
+    def forward(self, weight: Tensor, name: str) -> Tensor:
+        scale = _from(self.start, self.ia3_l).to(weight.dtype)
+        if name == self.names[0]:
+            return weight * scale[:, None]
+        rest = weight.shape[0] - self.bias_start - scale.shape[0]
+        return weight * F.pad(scale, (self.bias_start, rest), value=1.0)
+
+
+class IA3Input(InputAdapter):
+    """Rescales the features of the host's input."""
+
+    def __init__(self, host: Host) -> None:
+        super().__init__()
+        self.layout = host.layout
+        features = host.module.in_channels if isinstance(host.layout, ConvLayout) else host.layout.in_features
+        self.ia3_l = _ones(features, host.weight)  # type: ignore[arg-type]  # of a convolution
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = first_input(args, kwargs)
+        return with_first_input(args, kwargs, x * _channels(self.layout, self.ia3_l.to(x.dtype)))
+
+    def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weight, scale = parameters["weight"], self.ia3_l.to(parameters["weight"].dtype)
+        if not isinstance(self.layout, ConvLayout):
+            return {"weight": self.layout.native(self.layout.matrix(weight) * scale)}
+        groups, channels = self.layout.groups, weight.shape[1]
+        by_output = scale.view(groups, 1, channels).expand(-1, weight.shape[0] // groups, -1).reshape(-1, channels)
+        return {"weight": weight * by_output.view(*by_output.shape, *[1] * len(self.layout.kernel))}
+
+
+def _ones(features: int, weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.ones(features, device=weight.device, dtype=adapter_dtype(weight)))
+
+
+def _from(start: int, scale: Tensor) -> Tensor:
+    """``scale`` behind ``start`` ones."""
+    return F.pad(scale, (start, 0), value=1.0) if start else scale
+
+
+def _channels(layout: Layout, scale: Tensor) -> Tensor:
+    """``scale`` in the shape that multiplies the channels of the layer's input or output."""
+    return scale.view(-1, *[1] * len(layout.kernel)) if isinstance(layout, ConvLayout) else scale
