@@ -1,6 +1,7 @@
 """The one place where packages that may be absent, or are too slow to import up front, are looked up."""
 
 import sys
+from typing import Any
 
 
 def hf_conv1d() -> type | None:
@@ -10,3 +11,8 @@ def hf_conv1d() -> type | None:
     """
     module = sys.modules.get("transformers.pytorch_utils")
     return getattr(module, "Conv1D", None)
+
+
+def hf_attention_functions() -> Any:
+    """The table in which attentions of transformers look up their function, or None while it is not loaded."""
+    return getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)

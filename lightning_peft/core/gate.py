@@ -1,8 +1,14 @@
 """A gate that decides how much an adapter acts. Mao et al., 2022, arXiv:2110.07577 (UniPELT)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lightning_peft.core.adapter import InputAdapter
+from lightning_peft.core.taps import Tap
+from lightning_peft.core.tensors import first_input
 
 
 class Gate(nn.Module):
@@ -20,3 +26,16 @@ class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, length, features) to (batch, 1, 1)."""
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype)).sigmoid().mean(-2, keepdim=True)
+
+
+class GatedInput(InputAdapter):
+    """Puts a gate's value for the host's first input into a tap, and changes nothing."""
+
+    def __init__(self, gate: Gate, tap: Tap, batch_first: bool = True) -> None:
+        super().__init__()
+        self.gate, self.tap, self.batch_first = gate, tap, batch_first
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = first_input(args, kwargs)
+        self.tap.value = self.gate(x if self.batch_first or x.dim() == 2 else x.transpose(0, 1))
+        return args, kwargs

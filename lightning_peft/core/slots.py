@@ -131,10 +131,10 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _table(host: nn.Module, path: str) -> tuple[dict[str, Any], str]:
-    """The parameter or buffer table that holds ``path`` of ``host``, and the name in it."""
+    """The table of parameters, buffers or plain attributes that holds ``path`` of ``host``, and the name in it."""
     prefix, _, name = path.rpartition(".")
     owner = host.get_submodule(prefix) if prefix else host
-    return (owner._parameters if name in owner._parameters else owner._buffers), name
+    return next(table for table in (owner._parameters, owner._buffers, vars(owner)) if name in table), name
 
 
 def _refresh_flat_weights(rnn: nn.RNNBase) -> None:

@@ -47,7 +47,7 @@ def select_hosts(
         head = outside_base(model)
         chosen = {host.name for host in hosts if host.linear and not any(_within(host.name, path) for path in head)}
     else:
-        chosen = set().union(*(_match_target(pattern, hosts, roles, whole) for pattern in _patterns(targets)))
+        chosen = set().union(*(_match_target(pattern, hosts, roles, whole) for pattern in each_pattern(targets)))
     names = narrow(chosen, [host.name for host in hosts], exclude, layers, roles)
     if not names:
         raise TargetError(
@@ -77,8 +77,8 @@ def select_modules(
     runs.update({host.name: host.path for host in hosts})
     roles = find_roles(hosts)
     chosen: set[str] = set()
-    for pattern in _patterns(targets):
-        names = {name for name in runs if _ends_with(name, pattern)} or roles.get(pattern) or _match(pattern, runs)
+    for pattern in each_pattern(targets):
+        names = {name for name in runs if _ends_with(name, pattern)} or roles.get(pattern) or match_names(pattern, runs)
         if not names:
             raise TargetError(
                 f"target_modules: no module is called {pattern!r} in {type(model).__name__}."
@@ -108,9 +108,9 @@ def narrow(
         TargetError: a pattern or an index matches nothing ``among`` all names.
     """
     dropped: set[str] = set()
-    for pattern in _patterns(exclude):
+    for pattern in each_pattern(exclude):
         by_name = {name for name in among if f".{pattern}." in f".{name}."}
-        matched = by_name or (roles or {}).get(pattern) or _match(pattern, among)
+        matched = by_name or (roles or {}).get(pattern) or match_names(pattern, among)
         if not matched:
             parts = {part for name in among for part in name.split(".")}
             raise TargetError(f"exclude_modules: {pattern!r} matches nothing.{did_you_mean(pattern, parts)}")
@@ -175,14 +175,15 @@ def matches_end(pattern: str, name: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
-def _patterns(patterns: Patterns) -> Iterator[str]:
+def each_pattern(patterns: Patterns) -> Iterator[str]:
+    """The patterns of a field that takes one, several or none."""
     if patterns is not None:
         yield from [patterns] if isinstance(patterns, str) else patterns
 
 
 def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]], whole: Sequence[Host]) -> set[str]:
     by_name = {host.name for host in hosts if _ends_with(host.name, pattern) or _ends_with(host.path, pattern)}
-    matched = by_name or roles.get(pattern) or _match(pattern, [host.name for host in hosts])
+    matched = by_name or roles.get(pattern) or match_names(pattern, [host.name for host in hosts])
     if not matched:
         if any(_ends_with(host.name, pattern) for host in whole):
             raise TargetError(
@@ -199,7 +200,12 @@ def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]
     return matched
 
 
-def _match(pattern: str, names: Iterable[str]) -> set[str]:
+def match_names(pattern: str, names: Iterable[str]) -> set[str]:
+    """Those of ``names`` that the regular expression ``pattern`` matches whole.
+
+    Raises:
+        TargetError: it is no regular expression.
+    """
     try:
         expression = re.compile(pattern)
     except re.error as error:

@@ -108,6 +108,7 @@ def perturb(model: nn.Module, name: str = "default") -> None:
 
 def _fitted(method: Method, host: Host) -> Method:
     """``method`` as it is where it finds its own places in the network, else pointed at the host's layers."""
+    method = _changed(method, {"num_virtual_tokens": 3})  # the position tables of the tiny models are short
     if getattr(method, "target_modules", "") is None:
         try:
             method.plan(host.network(), [])
@@ -115,18 +116,18 @@ def _fitted(method: Method, host: Host) -> Method:
             pass
         else:
             return method
-    return _pointed_at(method, host.targets)
+    return _changed(method, {"target_modules": list(host.targets)})
 
 
-def _pointed_at(method: Method, targets: tuple[str, ...]) -> Method:
-    """``method`` (and the methods it is made of) with ``targets`` as its target modules."""
+def _changed(method: Method, values: dict[str, Any]) -> Method:
+    """``method`` (and the methods it is made of) with other values in those of the fields that it has."""
     changes: dict[str, Any] = {}
     for f in fields(method):  # type: ignore[arg-type]
         value = getattr(method, f.name)
-        if f.name == "target_modules":
-            changes[f.name] = list(targets)
+        if f.name in values:
+            changes[f.name] = values[f.name]
         elif isinstance(value, (list, tuple)) and any(isinstance(item, Method) for item in value):
-            changes[f.name] = type(value)(_pointed_at(item, targets) for item in value)
+            changes[f.name] = type(value)(_changed(item, values) for item in value)
     return replace(method, **changes)  # type: ignore[type-var]
 
 

@@ -1,0 +1,227 @@
+"""Which parameters of a base train, for the methods that tune the base's own: by layer, by kind and by name."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_peft.core.entries import TunedEntries, entries
+from lightning_peft.core.heads import task_heads
+from lightning_peft.core.hosts import find_hosts
+from lightning_peft.core.method import Placement, TargetedMethod
+from lightning_peft.core.norms import is_norm
+from lightning_peft.core.roles import ROLES, find_roles
+from lightning_peft.core.saved import Copies, TunedParameters, readers, trainable_copy
+from lightning_peft.core.targets import each_pattern, match_names, matches_end, narrow
+from lightning_peft.errors import NotApplicableError, TargetError, did_you_mean
+
+KINDS = ("weight", "bias", "norm", "embedding")
+"""Matrices and kernels, bias vectors (those of norms too), all of a norm, tables. Some parameters are none of these."""
+COMPONENTS = ("norm", "embedding")
+"""Kinds that target patterns may use as words."""
+_BIAS = re.compile(r"(.*_)?bias(_.*)?")
+
+
+@dataclass(frozen=True, eq=False)
+class BaseParameter:
+    """One parameter of the base at one module that reads it, or the part of it that belongs to one layer."""
+
+    layer: str
+    """What target patterns match: ``encoder.0.self_attn.in_proj``."""
+    path: str
+    """Path of the module whose forward reads it: ``encoder.0.self_attn``."""
+    module: nn.Module
+    name: str
+    """Path of the parameter from that module: ``in_proj_bias``."""
+    tensor: nn.Parameter
+    kinds: frozenset[str]
+    part: tuple[int, int] | None = None
+    """First and last (exclusive) entry, where several layers share the parameter; None for all of it."""
+
+    @property
+    def full_name(self) -> str:
+        """The name under which the model has it."""
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+def find_parameters(model: nn.Module) -> list[BaseParameter]:
+    """Every parameter of the base at every module that reads it, in the order of the modules.
+
+    Raises:
+        NotApplicableError: a lazy layer has no weight yet.
+    """
+    layers: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    for host in find_hosts(model):
+        layers.setdefault((host.path, host.parameter), []).append((host.name, 0, 0))
+        if host.bias:
+            end = host.bias_start + host.layout.out_features
+            layers.setdefault((host.path, host.bias), []).append((host.name, host.bias_start, end))
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    found: list[BaseParameter] = []
+    for path, module, names in readers(model):
+        for name in names:
+            owner, leaf = name.rpartition(".")[0], name.rpartition(".")[2]
+            tensor = module.get_submodule(owner)._parameters.get(leaf)
+            if tensor is None:  # a buffer
+                continue
+            kinds = _kinds(module, leaf, tensor, tables)
+            own = layers.get((path, name), [(".".join(part for part in (path, owner) if part), 0, 0)])
+            for layer, start, end in own:
+                part = (start, end) if len(own) > 1 else None
+                found.append(BaseParameter(layer, path, module, name, tensor, kinds, part))
+    return found
+
+
+def select_parameters(
+    model: nn.Module,
+    saved: Sequence[str],
+    method: TargetedMethod,
+    kinds: Collection[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[BaseParameter]:
+    """Choose parameters by what the fields of ``method`` say, and by kind and name.
+
+    A parameter that is tied to a chosen one is chosen as well: it is the same.
+
+    Args:
+        model: the network.
+        saved: paths of modules that are trained whole; nothing below them is chosen.
+        method: its ``target_modules`` (None: all but the task head), ``exclude_modules`` and ``layers``. Patterns are
+            names or suffixes (all below is chosen too), roles, :data:`COMPONENTS`, and regular expressions.
+        kinds: which of :data:`KINDS`; None for all, those without a kind included.
+        names: suffixes or regular expressions for the ends of the parameters' names; None for all.
+
+    Raises:
+        NotApplicableError: the model has no parameter of these kinds, or a named layer has none.
+        TargetError: a pattern or an index matches nothing, or nothing is left.
+    """
+    every = find_parameters(model)
+    free = [p for p in every if not _inside(p.layer, saved)]
+    candidates = [p for p in free if kinds is None or not p.kinds.isdisjoint(kinds)]
+    if not candidates:
+        raise NotApplicableError(
+            f"{type(method).__name__}: {type(model).__name__} has no {_either(kinds)} to train"
+            f"{' outside of modules_to_save' if len(free) < len(every) else ''}. Choose another method, such as LoRA."
+        )
+    layers = list(dict.fromkeys(p.layer for p in free))
+    roles = find_roles([host for host in find_hosts(model) if not _inside(host.name, saved)])
+    roles |= {kind: {p.layer for p in free if kind in p.kinds} for kind in COMPONENTS}
+
+    if method.target_modules is None:
+        heads = task_heads(model)
+        chosen = {p.layer for p in candidates if not _inside(p.layer, heads)}
+    else:
+        chosen = set()
+        for pattern in each_pattern(method.target_modules):
+            matched = _match(pattern, layers, roles, [p.layer for p in every])
+            if not any(p.layer in matched for p in candidates):
+                raise NotApplicableError(
+                    f"{type(method).__name__}: of the layers that target_modules={pattern!r} matches, first "
+                    f"'{min(matched)}', none has a {_either(kinds)}. Leave it out; others that have one are "
+                    f"'{candidates[0].layer}' and '{candidates[-1].layer}'."
+                )
+            chosen |= matched
+    # "norm" means every norm, also where one layer has that very name.
+    words = [pattern for pattern in each_pattern(method.exclude_modules) if pattern in COMPONENTS and roles[pattern]]
+    allowed = set(layers).difference(*(roles[word] for word in words))
+    others = [pattern for pattern in each_pattern(method.exclude_modules) if pattern not in words]
+    allowed.intersection_update(narrow(layers, layers, others, None, roles))
+    chosen.intersection_update(allowed, narrow(layers, layers, None, method.layers))
+    result = {p for p in _named(candidates, free, names) if p.layer in chosen}
+    if not result:
+        raise TargetError(
+            f"{type(method).__name__}: nothing is left to train in {type(model).__name__}. Each layer with a "
+            f"{_either(kinds)} is ruled out by target_modules={method.target_modules!r}, "
+            f"exclude_modules={method.exclude_modules!r}, layers={method.layers!r}"
+            f"{'' if names is None else f' or parameters={list(names)!r}'}."
+        )
+    tied = {id(p.tensor) for p in result if p.part is None}
+    return [p for p in free if p in result or (id(p.tensor) in tied and p.part is None and p.layer in allowed)]
+
+
+def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
+    """One adapter for each host that reads parameters of ``chosen``; tied ones stay tied."""
+    copies: Copies = {}
+    hosts: dict[str, list[BaseParameter]] = {}
+    for p in chosen:
+        hosts.setdefault(p.path, []).append(p)
+    placements: list[Placement] = []
+    for path, own in hosts.items():
+        whole = [p.name for p in own if p.part is None]
+        parts: dict[str, list[BaseParameter]] = {}
+        for p in own:
+            if p.part is not None:
+                parts.setdefault(p.name, []).append(p)
+        for name, pieces in parts.items():
+            index = torch.cat([torch.arange(*p.part) for p in pieces if p.part]).to(pieces[0].tensor.device)
+            if count(pieces) == pieces[0].tensor.numel():
+                whole.append(name)
+            else:
+                values = trainable_copy(entries(pieces[0].tensor, index), name)
+                placements.append(Placement(path, TunedEntries(name, values, index), name.replace(".", "_")))
+        if whole:
+            placements.append(Placement(path, TunedParameters(own[0].module, whole, copies)))
+    return placements
+
+
+def count(parameters: Iterable[BaseParameter]) -> int:
+    """How many numbers they hold; tied ones count once."""
+    sizes = {(id(p.tensor), p.part): p.part[1] - p.part[0] if p.part else p.tensor.numel() for p in parameters}
+    return sum(sizes.values())
+
+
+def _kinds(module: nn.Module, leaf: str, tensor: nn.Parameter, tables: set[int]) -> frozenset[str]:
+    kinds = set()
+    if leaf == "bias" or (_BIAS.fullmatch(leaf) and tensor.dim() == 1):  # bias_k of an attention is a token
+        kinds.add("bias")
+    if is_norm(module):
+        kinds.add("norm")
+    if id(tensor) in tables:
+        kinds.add("embedding")
+    return frozenset(kinds or ({"weight"} if tensor.dim() > 1 else ()))
+
+
+def _match(pattern: str, layers: Sequence[str], roles: dict[str, set[str]], every: Sequence[str]) -> set[str]:
+    """The layers that a target pattern means."""
+    if pattern in COMPONENTS and roles[pattern]:
+        return roles[pattern]
+    below = {name for name in layers if f".{pattern}." in f".{name}."}
+    exact = any(f".{name}".endswith(f".{pattern}") for name in layers)
+    matched = (below if exact else None) or roles.get(pattern) or below or match_names(pattern, layers)
+    if not matched:
+        if any(f".{pattern}." in f".{name}." for name in every):
+            raise TargetError(
+                f"target_modules: {pattern!r} is trained whole already (modules_to_save). Take it out of one of them."
+            )
+        if pattern in ("query", "key", "value") and roles["fused"]:
+            raise TargetError(
+                f"target_modules: {pattern!r} is not a layer of its own here, but a part of '{min(roles['fused'])}'. "
+                "Use the role 'attention', or name that layer."
+            )
+        known = {part for name in layers for part in name.split(".") if not part.isdigit()}
+        hint = did_you_mean(pattern, {*known, *ROLES, *COMPONENTS}) or f" Layers here: {', '.join(sorted(known))}."
+        raise TargetError(f"target_modules: {pattern!r} matches no layer with parameters.{hint}")
+    return matched
+
+
+def _named(
+    candidates: Sequence[BaseParameter], free: Sequence[BaseParameter], patterns: Sequence[str] | None
+) -> Sequence[BaseParameter]:
+    """Those whose name ends in one of ``patterns``, each of which must match something."""
+    if patterns is None:
+        return candidates
+    for pattern in patterns:
+        if not any(matches_end(pattern, p.full_name) for p in free):
+            known = {p.full_name for p in free} | {p.name for p in free}
+            raise TargetError(f"parameters: no parameter is called {pattern!r}.{did_you_mean(pattern, known)}")
+    return [p for p in candidates if any(matches_end(pattern, p.full_name) for pattern in patterns)]
+
+
+def _inside(name: str, paths: Iterable[str]) -> bool:
+    return any(not path or f"{name}.".startswith(f"{path}.") for path in paths)
+
+
+def _either(kinds: Collection[str] | None) -> str:
+    return "parameter" if kinds is None else " or ".join(sorted(kinds))

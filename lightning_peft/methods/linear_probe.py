@@ -1,0 +1,42 @@
+r"""Linear probe: the task head trains on the features of a frozen base. Alain and Bengio, 2016, arXiv:1610.01644.
+
+.. math:: y = W' f(x) + b', \qquad f \text{ the pretrained network}
+
+The baseline against which every other method is to be seen.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.core.method import Method, Plan
+from lightning_peft.errors import NotApplicableError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearProbe(Method):
+    """Training of the task head alone.
+
+    Raises:
+        NotApplicableError: the model has no task head that can be told, and none is named.
+    """
+
+    modules_to_save: list[str] | str | None = "auto"
+    """The task head: "auto" finds that of a transformers model; else name suffixes, such as ["head"]."""
+
+    def __post_init__(self) -> None:
+        value = self.modules_to_save
+        strings = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
+        if not (strings or (isinstance(value, str) and value) or value is None):
+            raise self.invalid("modules_to_save", "a non-empty string or a list of them")
+
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        if not saved:
+            children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+            found = "leaves nothing to train" if self.modules_to_save != "auto" else "finds no task head"
+            raise NotApplicableError(
+                f"LinearProbe: modules_to_save={self.modules_to_save!r} {found} in {type(model).__name__}. Name the "
+                f'head, as in modules_to_save=["head"]; parts of it here: {", ".join(children) or "none"}.'
+            )
+        return Plan([])

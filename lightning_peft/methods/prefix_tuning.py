@@ -1,0 +1,217 @@
+r"""Prefix tuning: learned keys and values before those of every attention.
+
+Li and Liang, 2021, arXiv:2101.00190; without the MLP it is P-tuning v2, Liu et al., 2022, arXiv:2110.07602.
+
+.. math:: softmax\left(\frac{Q\,[P_K; K]^T}{\sqrt d}\right) [P_V; V]
+
+P_K and P_V are parameters, or come out of an MLP that all layers share up to its last layer:
+:math:`[P_K; P_V]_l = W_l \tanh(W E + b) + b_l`. They get no position themselves; the text's positions begin behind them
+where positions are absolute or rotary, as in the reference implementation.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, adapter_dtype
+from lightning_peft.core.attention import PrefixedAttention, check_implementation, routes_attention
+from lightning_peft.core.blocks import PROJECTIONS, Attention, Block, find_blocks
+from lightning_peft.core.gate import Gate, GatedInput
+from lightning_peft.core.hosts import Host, find_hosts
+from lightning_peft.core.method import Method, Placement, Plan
+from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
+from lightning_peft.core.positions import PositionShift, check_room, positions_above
+from lightning_peft.core.slots import base_modules
+from lightning_peft.core.taps import Tap
+from lightning_peft.core.targets import narrow
+from lightning_peft.errors import NotApplicableError, TargetError
+
+_PLACES = ("encoder", "decoder", "cross")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Method):
+    """Learned keys and values before those of the attentions of a transformer.
+
+    Raises:
+        ConfigError: a field is out of range, or the prefix leaves no room in the model's position table.
+        NotApplicableError: the model has no attention, or one that computes its scores in a way of its own.
+    """
+
+    num_virtual_tokens: int = 20
+    """Keys and values of the prefix in each attention, at least 1."""
+    prefix_projection: bool = False
+    """Whether the prefix comes out of an MLP, which may train better; else keys and values are parameters."""
+    encoder_hidden_size: int = 512
+    """Hidden features of that MLP, at least 1."""
+    init_std: float = 0.02
+    """Standard deviation of keys and values at the start (of the MLP's input: 1), at least 0."""
+    places: tuple[str, ...] | list[str] = _PLACES
+    """Of an encoder-decoder model, which attentions: any of "encoder", "decoder" (to itself), "cross" (to the encoder).
+    peft knows "decoder" alone. Other models have one kind."""
+    gating: bool = False
+    """Whether a gate from the attention's input, from 0 to 1, scales the prefix (UniPELT)."""
+    exclude_modules: list[str] | str | None = None
+    """Attentions to leave alone: name parts, or one regular expression."""
+    layers: list[int] | None = None
+    """Indices of the blocks that get one, in the outermost numbered container; negative ones count from the end."""
+    modules_to_save: list[str] | str | None = "auto"
+    """Modules trained whole beside the prefix: name suffixes; "auto" finds the task head of a transformers model."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "encoder_hidden_size"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise self.invalid(name, "at least 1 and whole")
+        for name in ("prefix_projection", "gating"):
+            if type(getattr(self, name)) is not bool:
+                raise self.invalid(name, "true or false")
+        if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)) or not self.init_std >= 0:
+            raise self.invalid("init_std", "a number, at least 0")
+        if isinstance(self.places, str) or not self.places or not set(self.places) <= set(_PLACES):
+            raise self.invalid("places", f"a list of any of {', '.join(_PLACES)}")
+
+    @property
+    def starts_as_base(self) -> bool:
+        return False  # even a zero key takes its share of the attention
+
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        hosts = {host.name: host for host in find_hosts(model)}
+        blocks = [block for block in find_blocks(list(hosts.values())) if any(a.linears for a in block.attentions)]
+        if not blocks:
+            raise NotApplicableError(
+                f"PrefixTuning finds no attention in {type(model).__name__}: there are no query, key and value layers "
+                "side by side. Use LoRA or BottleneckAdapter there."
+            )
+        chosen = {a.path: (b, a) for b, a in self._chosen(blocks) if not _inside(a.path, saved)}
+        names = narrow(chosen, [a.path for b in blocks for a in b.attentions], self.exclude_modules, self.layers)
+        if not names:
+            raise TargetError("PrefixTuning: exclude_modules, layers and places leave no attention.")
+        placements: list[Placement] = []
+        numbered: dict[str, None] = {}
+        trunk: Trunk | None = None
+        for name in names:
+            block, attention = chosen[name]
+            path, features = _host(model, attention, hosts)
+            like, width = next(model.get_submodule(path).parameters()), hosts[attention.linears[0]].layout.in_features
+            if self.prefix_projection and trunk is None:
+                trunk = Trunk(self, width, like)
+                placements.append(Placement(path, trunk, "mlp"))
+            prefix = Prefix(self, features, like, trunk)
+            placements += self._on(model, path, block, attention.cross, prefix, width)
+            if not attention.cross and not (_crossing(blocks) and len(block.attentions) == 1):
+                numbered.update(dict.fromkeys(positions_above(model, block.path)))
+        for path in numbered:
+            module = model.get_submodule(path)
+            check_room("PrefixTuning", self.num_virtual_tokens, path, module)
+            placements.append(Placement(path, PositionShift(path, module, self.num_virtual_tokens), "positions"))
+        return Plan(placements)
+
+    def _chosen(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Attention]]:
+        for block in blocks:
+            itself = "decoder" if any(attention.cross for attention in block.attentions) else "encoder"
+            for attention in block.attentions:
+                if not _crossing(blocks) or ("cross" if attention.cross else itself) in self.places:
+                    yield block, attention
+
+    def _on(
+        self, model: nn.Module, path: str, block: Block, cross: bool, prefix: "Prefix", width: int
+    ) -> Iterator[Placement]:
+        """The prefix of the attention at ``path``, its gate before it."""
+        host = model.get_submodule(path)
+        if self.gating:
+            prefix.gate = Tap()
+            gate = Gate(width, next(prefix.parameters()))
+            yield Placement(path, GatedInput(gate, prefix.gate, bool(getattr(host, "batch_first", True))), "gate")
+        if isinstance(host, nn.MultiheadAttention):
+            tap = shared_tap(host)
+            yield Placement(path, PrefixedMultihead(prefix, host, tap))
+            yield Placement(path, MultiheadOutput(host, tap), "output")
+        else:
+            yield Placement(path, PrefixedAttention(prefix, host, None if cross else _relative(model, block)))
+
+
+class Prefix(nn.Module):
+    """Keys and values of one attention: () -> two of (P, features), or (batch, P, features) behind a gate."""
+
+    def __init__(self, method: PrefixTuning, features: int, like: Tensor, trunk: "Trunk | None") -> None:
+        super().__init__()
+        options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
+        self._trunk = (trunk,)  # in a tuple: it has its own place, and every layer uses it
+        self.gate: Tap | None = None
+        if trunk is None:
+            size = (method.num_virtual_tokens, features)
+            self.keys, self.values = (nn.Parameter(torch.empty(size, **options)) for _ in "kv")
+            for parameter in (self.keys, self.values):
+                nn.init.normal_(parameter, std=method.init_std)
+        else:
+            self.up = nn.Linear(method.encoder_hidden_size, 2 * features, **options)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        trunk = self._trunk[0]
+        keys, values = (self.keys, self.values) if trunk is None else self.up(trunk()).chunk(2, -1)
+        if self.gate is None:
+            return keys, values
+        gate = self.gate.take()
+        return keys * gate, values * gate
+
+
+class Trunk(Adapter):
+    """What the layers' MLPs share: () -> (P, hidden)."""
+
+    def __init__(self, method: PrefixTuning, width: int, like: Tensor) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
+        self.embedding = nn.Parameter(torch.randn(method.num_virtual_tokens, width, **options))
+        self.down = nn.Linear(width, method.encoder_hidden_size, **options)
+
+    def forward(self) -> Tensor:
+        hidden: Tensor = self.down(self.embedding)
+        return hidden.tanh()
+
+
+def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tuple[str, int]:
+    """The module that computes an attention, and the features of its keys (and values).
+
+    Raises:
+        NotApplicableError: it computes its scores in a way of its own.
+    """
+    scope = model.get_submodule(attention.path)
+    if isinstance(scope, nn.MultiheadAttention):
+        return attention.path, scope.embed_dim
+    routed = [name for name, module in base_modules(scope) if routes_attention(module)]
+    sizes = {
+        role: hosts[name].layout.out_features
+        for name in attention.linears
+        for role, leaves in PROJECTIONS.items()
+        if name.rpartition(".")[2] in leaves
+    }
+    keys = sizes.get("key", sizes.get("fused", 0) // 3)
+    if not routed or keys != sizes.get("value", keys):
+        raise NotApplicableError(
+            f"PrefixTuning cannot put keys and values into '{attention.path}' ({type(scope).__name__}): it computes "
+            "its scores in a way of its own. It needs nn.MultiheadAttention, or an attention of transformers that goes "
+            "through AttentionInterface. Use LoRA or BottleneckAdapter there."
+        )
+    path = ".".join(part for part in (attention.path, routed[0]) if part)
+    check_implementation(model.get_submodule(path))
+    return path, keys
+
+
+def _relative(model: nn.Module, block: Block) -> nn.Module | None:
+    """The module of the block's stack that turns relative positions into a bias, as in T5."""
+    stack = model.get_submodule(block.path.rpartition(".")[0])
+    for module in stack.modules():
+        if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias"):
+            return module
+    return None
+
+
+def _crossing(blocks: Sequence[Block]) -> bool:
+    return any(attention.cross for block in blocks for attention in block.attentions)
+
+
+def _inside(path: str, saved: Sequence[str]) -> bool:
+    return any(f"{path}.".startswith(f"{top}.") for top in saved)
