@@ -64,6 +64,23 @@ def llama(head: type = hf.LlamaForCausalLM, **fields: Any) -> nn.Module:
     return head(hf.LlamaConfig(**{**_ENCODER, **_TOKENS, **grouped, **fields}))
 
 
+def qwen3(head: type = hf.Qwen3ForCausalLM, **fields: Any) -> nn.Module:
+    """Heads wider than width / heads; normalised queries and keys."""
+    return head(hf.Qwen3Config(**{**_ENCODER, **_TOKENS, "num_key_value_heads": 1, "head_dim": 12, **fields}))
+
+
+def gemma3(head: type = hf.Gemma3ForCausalLM, **fields: Any) -> nn.Module:
+    """A layer that sees the last four tokens, then one that sees all; the output is tied to the embedding."""
+    heads = {"num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 12}
+    window = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+    return head(hf.Gemma3TextConfig(**{**_ENCODER, **_TOKENS, **heads, **window, **fields}))
+
+
+def mistral(head: type = hf.MistralForCausalLM, **fields: Any) -> nn.Module:
+    """Every layer sees the last four tokens alone."""
+    return head(hf.MistralConfig(**{**_ENCODER, **_TOKENS, "num_key_value_heads": 1, "sliding_window": 4, **fields}))
+
+
 def t5(head: type = hf.T5ForConditionalGeneration, **fields: Any) -> nn.Module:
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": FFN, "num_layers": 2, "num_heads": 2, "vocab_size": VOCABULARY}
     return head(hf.T5Config(**{**sizes, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, **fields}))

@@ -30,6 +30,12 @@ def outside_base(model: nn.Module) -> list[str]:
     return paths
 
 
+def input_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules with which transformers models look up their input tokens; models without tokens have none."""
+    found = (pretrained.get_input_embeddings() for _, pretrained in _pretrained_models(model))
+    return [module for module in found if isinstance(module, nn.Embedding)]
+
+
 def _pretrained_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The outermost transformers models, known by what every ``PreTrainedModel`` offers; nothing is imported."""
     found: list[str] = []

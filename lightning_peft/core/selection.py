@@ -97,25 +97,21 @@ def select_parameters(
         NotApplicableError: the model has no parameter of these kinds, or a named layer has none.
         TargetError: a pattern or an index matches nothing, or nothing is left.
     """
-    every = find_parameters(model)
-    free = [p for p in every if not _inside(p.layer, saved)]
-    candidates = [p for p in free if kinds is None or not p.kinds.isdisjoint(kinds)]
+    scope = _Scope(model, saved, method)
+    candidates = [p for p in scope.free if kinds is None or not p.kinds.isdisjoint(kinds)]
     if not candidates:
         raise NotApplicableError(
             f"{type(method).__name__}: {type(model).__name__} has no {_either(kinds)} to train"
-            f"{' outside of modules_to_save' if len(free) < len(every) else ''}. Choose another method, such as LoRA."
+            f"{' outside of modules_to_save' if len(scope.free) < len(scope.every) else ''}. Choose another method, "
+            "such as LoRA."
         )
-    layers = list(dict.fromkeys(p.layer for p in free))
-    roles = find_roles([host for host in find_hosts(model) if not _inside(host.name, saved)])
-    roles |= {kind: {p.layer for p in free if kind in p.kinds} for kind in COMPONENTS}
-
     if method.target_modules is None:
         heads = task_heads(model)
         chosen = {p.layer for p in candidates if not _inside(p.layer, heads)}
     else:
         chosen = set()
         for pattern in each_pattern(method.target_modules):
-            matched = _match(pattern, layers, roles, [p.layer for p in every])
+            matched = scope.match(pattern)
             if not any(p.layer in matched for p in candidates):
                 raise NotApplicableError(
                     f"{type(method).__name__}: of the layers that target_modules={pattern!r} matches, first "
@@ -123,13 +119,8 @@ def select_parameters(
                     f"'{candidates[0].layer}' and '{candidates[-1].layer}'."
                 )
             chosen |= matched
-    # "norm" means every norm, also where one layer has that very name.
-    words = [pattern for pattern in each_pattern(method.exclude_modules) if pattern in COMPONENTS and roles[pattern]]
-    allowed = set(layers).difference(*(roles[word] for word in words))
-    others = [pattern for pattern in each_pattern(method.exclude_modules) if pattern not in words]
-    allowed.intersection_update(narrow(layers, layers, others, None, roles))
-    chosen.intersection_update(allowed, narrow(layers, layers, None, method.layers))
-    result = {p for p in _named(candidates, free, names) if p.layer in chosen}
+    chosen.intersection_update(scope.allowed, narrow(scope.layers, scope.layers, None, method.layers))
+    result = {p for p in _named(candidates, scope.free, names) if p.layer in chosen}
     if not result:
         raise TargetError(
             f"{type(method).__name__}: nothing is left to train in {type(model).__name__}. Each layer with a "
@@ -138,7 +129,56 @@ def select_parameters(
             f"{'' if names is None else f' or parameters={list(names)!r}'}."
         )
     tied = {id(p.tensor) for p in result if p.part is None}
-    return [p for p in free if p in result or (id(p.tensor) in tied and p.part is None and p.layer in allowed)]
+    return [p for p in scope.free if p in result or (p in scope and p.part is None and id(p.tensor) in tied)]
+
+
+def places_of(tensor: nn.Parameter, model: nn.Module, saved: Sequence[str], method: TargetedMethod) -> list[BaseParameter]:
+    """Every module that reads ``tensor``, but for those that are trained whole or excluded."""
+    scope = _Scope(model, saved, method)
+    return [p for p in scope.free if p.tensor is tensor and p in scope]
+
+
+class _Scope:
+    """What of a model may be chosen at all."""
+
+    def __init__(self, model: nn.Module, saved: Sequence[str], method: TargetedMethod) -> None:
+        self.every = find_parameters(model)
+        self.free = [p for p in self.every if not _inside(p.layer, saved)]
+        self.layers = list(dict.fromkeys(p.layer for p in self.free))
+        self.roles = find_roles([host for host in find_hosts(model) if not _inside(host.name, saved)])
+        self.roles |= {kind: {p.layer for p in self.free if kind in p.kinds} for kind in COMPONENTS}
+        # "norm" means every norm, also where one layer has that very name.
+        exclude = list(each_pattern(method.exclude_modules))
+        words = [pattern for pattern in exclude if pattern in COMPONENTS and self.roles[pattern]]
+        names = [pattern for pattern in exclude if pattern not in words]
+        self.allowed = set(narrow(self.layers, self.layers, names, None, self.roles))
+        self.allowed.difference_update(*(self.roles[word] for word in words))
+
+    def __contains__(self, parameter: BaseParameter) -> bool:
+        return parameter.layer in self.allowed
+
+    def match(self, pattern: str) -> set[str]:
+        """The layers that a target pattern means."""
+        layers, roles = self.layers, self.roles
+        if pattern in COMPONENTS and roles[pattern]:
+            return roles[pattern]
+        below = {name for name in layers if f".{pattern}." in f".{name}."}
+        exact = any(f".{name}".endswith(f".{pattern}") for name in layers)
+        matched = (below if exact else None) or roles.get(pattern) or below or match_names(pattern, layers)
+        if matched:
+            return matched
+        if any(f".{pattern}." in f".{p.layer}." for p in self.every):
+            raise TargetError(
+                f"target_modules: {pattern!r} is trained whole already (modules_to_save). Take it out of one of them."
+            )
+        if pattern in ("query", "key", "value") and roles["fused"]:
+            raise TargetError(
+                f"target_modules: {pattern!r} is not a layer of its own here, but a part of '{min(roles['fused'])}'. "
+                "Use the role 'attention', or name that layer."
+            )
+        known = {part for name in layers for part in name.split(".") if not part.isdigit()}
+        hint = did_you_mean(pattern, {*known, *ROLES, *COMPONENTS}) or f" Layers here: {', '.join(sorted(known))}."
+        raise TargetError(f"target_modules: {pattern!r} matches no layer with parameters.{hint}")
 
 
 def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
@@ -181,29 +221,6 @@ def _kinds(module: nn.Module, leaf: str, tensor: nn.Parameter, tables: set[int])
     if id(tensor) in tables:
         kinds.add("embedding")
     return frozenset(kinds or ({"weight"} if tensor.dim() > 1 else ()))
-
-
-def _match(pattern: str, layers: Sequence[str], roles: dict[str, set[str]], every: Sequence[str]) -> set[str]:
-    """The layers that a target pattern means."""
-    if pattern in COMPONENTS and roles[pattern]:
-        return roles[pattern]
-    below = {name for name in layers if f".{pattern}." in f".{name}."}
-    exact = any(f".{name}".endswith(f".{pattern}") for name in layers)
-    matched = (below if exact else None) or roles.get(pattern) or below or match_names(pattern, layers)
-    if not matched:
-        if any(f".{pattern}." in f".{name}." for name in every):
-            raise TargetError(
-                f"target_modules: {pattern!r} is trained whole already (modules_to_save). Take it out of one of them."
-            )
-        if pattern in ("query", "key", "value") and roles["fused"]:
-            raise TargetError(
-                f"target_modules: {pattern!r} is not a layer of its own here, but a part of '{min(roles['fused'])}'. "
-                "Use the role 'attention', or name that layer."
-            )
-        known = {part for name in layers for part in name.split(".") if not part.isdigit()}
-        hint = did_you_mean(pattern, {*known, *ROLES, *COMPONENTS}) or f" Layers here: {', '.join(sorted(known))}."
-        raise TargetError(f"target_modules: {pattern!r} matches no layer with parameters.{hint}")
-    return matched
 
 
 def _named(

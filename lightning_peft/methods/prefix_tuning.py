@@ -26,7 +26,7 @@ from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, sh
 from lightning_peft.core.positions import PositionShift, check_room, positions_above
 from lightning_peft.core.slots import base_modules
 from lightning_peft.core.taps import Tap
-from lightning_peft.core.targets import narrow
+from lightning_peft.core.targets import layer_index, narrow
 from lightning_peft.errors import NotApplicableError, TargetError
 
 _PLACES = ("encoder", "decoder", "cross")
@@ -100,7 +100,7 @@ class PrefixTuning(Method):
                 trunk = Trunk(self, width, like)
                 placements.append(Placement(path, trunk, "mlp"))
             prefix = Prefix(self, features, like, trunk)
-            placements += self._on(model, path, block, attention.cross, prefix, width)
+            placements += self._on(model, path, attention.cross, prefix, width)
             if not attention.cross and not (_crossing(blocks) and len(block.attentions) == 1):
                 numbered.update(dict.fromkeys(positions_above(model, block.path)))
         for path in numbered:
@@ -116,9 +116,7 @@ class PrefixTuning(Method):
                 if not _crossing(blocks) or ("cross" if attention.cross else itself) in self.places:
                     yield block, attention
 
-    def _on(
-        self, model: nn.Module, path: str, block: Block, cross: bool, prefix: "Prefix", width: int
-    ) -> Iterator[Placement]:
+    def _on(self, model: nn.Module, path: str, cross: bool, prefix: "Prefix", width: int) -> Iterator[Placement]:
         """The prefix of the attention at ``path``, its gate before it."""
         host = model.get_submodule(path)
         if self.gating:
@@ -130,7 +128,7 @@ class PrefixTuning(Method):
             yield Placement(path, PrefixedMultihead(prefix, host, tap))
             yield Placement(path, MultiheadOutput(host, tap), "output")
         else:
-            yield Placement(path, PrefixedAttention(prefix, host, None if cross else _relative(model, block)))
+            yield Placement(path, PrefixedAttention(prefix, host, None if cross else _relative(model, path)))
 
 
 class Prefix(nn.Module):
@@ -200,10 +198,10 @@ def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tup
     return path, keys
 
 
-def _relative(model: nn.Module, block: Block) -> nn.Module | None:
-    """The module of the block's stack that turns relative positions into a bias, as in T5."""
-    stack = model.get_submodule(block.path.rpartition(".")[0])
-    for module in stack.modules():
+def _relative(model: nn.Module, path: str) -> nn.Module | None:
+    """The module of an attention's stack that turns relative positions into a bias, as in T5."""
+    stack = layer_index(path)
+    for module in model.get_submodule(stack[0] if stack else path).modules():
         if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias"):
             return module
     return None
