@@ -14,7 +14,7 @@ def task_heads(model: nn.Module) -> list[str]:
     A language-model head is pretrained and is no task head. Networks other than transformers models have none.
     """
     heads: list[str] = []
-    for path, pretrained in _pretrained_models(model):
+    for path, pretrained in pretrained_models(model):
         if pretrained.get_output_embeddings() is None:
             heads += _beside_base(path, pretrained)
     return heads
@@ -23,7 +23,7 @@ def task_heads(model: nn.Module) -> list[str]:
 def outside_base(model: nn.Module) -> list[str]:
     """Paths of everything in transformers models that is not the base model: task heads and output embeddings."""
     paths: list[str] = []
-    for path, pretrained in _pretrained_models(model):
+    for path, pretrained in pretrained_models(model):
         paths += _beside_base(path, pretrained)
         output = pretrained.get_output_embeddings()
         paths += [_join(path, name) for name, module in pretrained.named_modules() if module is output]
@@ -32,11 +32,11 @@ def outside_base(model: nn.Module) -> list[str]:
 
 def input_embeddings(model: nn.Module) -> list[nn.Module]:
     """The modules with which transformers models look up their input tokens; models without tokens have none."""
-    found = (pretrained.get_input_embeddings() for _, pretrained in _pretrained_models(model))
+    found = (pretrained.get_input_embeddings() for _, pretrained in pretrained_models(model))
     return [module for module in found if isinstance(module, nn.Embedding)]
 
 
-def _pretrained_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def pretrained_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The outermost transformers models, known by what every ``PreTrainedModel`` offers; nothing is imported."""
     found: list[str] = []
     for path, module in model.named_modules():

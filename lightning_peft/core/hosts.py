@@ -246,11 +246,14 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
 def read_parameters(module: nn.Module) -> tuple[str, ...]:
     """Paths of the parameters and persistent buffers that the forward of ``module`` itself reads.
 
-    Its own; for ``nn.MultiheadAttention`` those of its ``out_proj`` as well, whose forward never runs.
+    Its own, and those of children that have no forward that could run: lists and dictionaries of parameters, and the
+    ``out_proj`` of ``nn.MultiheadAttention``.
     """
     owned = [name for name, _ in module.named_parameters(recurse=False)]
     transient = module._non_persistent_buffers_set
     owned += [name for name, _ in module.named_buffers(recurse=False) if name not in transient]
-    if isinstance(module, nn.MultiheadAttention):
-        owned += [f"out_proj.{name}" for name, _ in module.out_proj.named_parameters(recurse=False)]
+    for child, part in module.named_children():
+        attention = isinstance(module, nn.MultiheadAttention) and child == "out_proj"
+        if attention or isinstance(part, (nn.ParameterList, nn.ParameterDict)):
+            owned += [f"{child}.{name}" for name, _ in part.named_parameters(recurse=False)]
     return tuple(owned)

@@ -57,7 +57,8 @@ def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
     """Every base tensor that changes, with its new value. Nothing is written."""
     prefix, owner, registry = find_adapter(model, name)
     places = _places(model)
-    folded: list[tuple[Tensor, Tensor]] = []
+    folded: dict[int, tuple[Tensor, Tensor]] = {}
+    written: dict[int, dict[str, tuple[str, bool]]] = {}  # of each tensor: where it changes; by which host; all alike?
     for path, adapters in _by_host(registry, name).items():
         host = owner.get_submodule(path)
         registry.slots[path].restore(host)
@@ -74,19 +75,22 @@ def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
                     f"'{path}' renormalises the rows it looks up (max_norm), so it would rescale merged rows: keep the "
                     "adapter unmerged, or leave that layer out (exclude_modules)."
                 )
-            if len(places[id(tensor)]) > 1:
-                other = next(place for place in places[id(tensor)] if place != where)
-                raise NotMergeableError(
-                    f"'{where}' is tied to '{other}': merging {name!r} would change both. Leave '{path}' out "
-                    f"(exclude_modules), keep the adapter unmerged, or give that layer a copy of the parameter first."
-                )
             if not torch.isfinite(value.to(tensor.dtype)).all():
                 raise NotMergeableError(
                     f"Merging {name!r} into '{where}' gives values that are not finite in {tensor.dtype}. "
                     "Check the adapter's weights, or merge into a copy of the base in a wider dtype."
                 )
-            folded.append((tensor, value))
-    return folded
+            _, first = folded.setdefault(id(tensor), (tensor, value))
+            written.setdefault(id(tensor), {})[where] = path, first is value or torch.equal(first, value)
+    for tied, changes in written.items():
+        # A tie is no harm where it is one for the adapter as well.
+        if other := next((place for place in places[tied] if not changes.get(place, ("", False))[1]), None):
+            where, (path, _) = next(iter(changes.items()))
+            raise NotMergeableError(
+                f"'{where}' is tied to '{other}': merging {name!r} would change both. Leave '{path}' out "
+                f"(exclude_modules), keep the adapter unmerged, or give that layer a copy of the parameter first."
+            )
+    return list(folded.values())
 
 
 class _Widened(dict[str, Tensor]):

@@ -7,7 +7,7 @@ subclass of :class:`Method`; there is no list to add it to.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -42,6 +42,8 @@ class Method(ABC):
 
     modules_to_save: list[str] | str | None
     """Modules trained whole beside the adapters: name suffixes, ``"auto"`` (the task head), or None."""
+    puts_prompt: ClassVar[bool] = False
+    """Whether it puts virtual tokens before the text, of which one method at a time can make sense."""
 
     @property
     def starts_as_base(self) -> bool:

@@ -100,10 +100,10 @@ def select_parameters(
     scope = _Scope(model, saved, method)
     candidates = [p for p in scope.free if kinds is None or not p.kinds.isdisjoint(kinds)]
     if not candidates:
+        elsewhere = any(kinds is None or not p.kinds.isdisjoint(kinds) for p in scope.every)
         raise NotApplicableError(
             f"{type(method).__name__}: {type(model).__name__} has no {_either(kinds)} to train"
-            f"{' outside of modules_to_save' if len(scope.free) < len(scope.every) else ''}. Choose another method, "
-            "such as LoRA."
+            f"{' but those that modules_to_save trains' if elsewhere else ''}. Choose another method, such as LoRA."
         )
     if method.target_modules is None:
         heads = task_heads(model)
@@ -132,10 +132,17 @@ def select_parameters(
     return [p for p in scope.free if p in result or (p in scope and p.part is None and id(p.tensor) in tied)]
 
 
-def places_of(tensor: nn.Parameter, model: nn.Module, saved: Sequence[str], method: TargetedMethod) -> list[BaseParameter]:
+def places_of(
+    tensor: nn.Parameter, model: nn.Module, saved: Sequence[str], method: TargetedMethod
+) -> list[BaseParameter]:
     """Every module that reads ``tensor``, but for those that are trained whole or excluded."""
     scope = _Scope(model, saved, method)
     return [p for p in scope.free if p.tensor is tensor and p in scope]
+
+
+def outside(parameters: Iterable[BaseParameter], saved: Sequence[str]) -> list[BaseParameter]:
+    """Those of ``parameters`` that are not trained whole with one of the modules ``saved``."""
+    return [p for p in parameters if not _inside(p.layer, saved)]
 
 
 class _Scope:
@@ -143,7 +150,7 @@ class _Scope:
 
     def __init__(self, model: nn.Module, saved: Sequence[str], method: TargetedMethod) -> None:
         self.every = find_parameters(model)
-        self.free = [p for p in self.every if not _inside(p.layer, saved)]
+        self.free = outside(self.every, saved)
         self.layers = list(dict.fromkeys(p.layer for p in self.free))
         self.roles = find_roles([host for host in find_hosts(model) if not _inside(host.name, saved)])
         self.roles |= {kind: {p.layer for p in self.free if kind in p.kinds} for kind in COMPONENTS}

@@ -33,10 +33,21 @@ class LinearProbe(Method):
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
         if not saved:
-            children = [name for name, child in model.named_children() if any(True for _ in child.parameters())]
             found = "leaves nothing to train" if self.modules_to_save != "auto" else "finds no task head"
             raise NotApplicableError(
                 f"LinearProbe: modules_to_save={self.modules_to_save!r} {found} in {type(model).__name__}. Name the "
-                f'head, as in modules_to_save=["head"]; parts of it here: {", ".join(children) or "none"}.'
+                f"head, as in modules_to_save=['head']; parts of it here: {', '.join(_parts(model)) or 'none'}."
             )
         return Plan([])
+
+
+def _parts(model: nn.Module, path: str = "") -> list[str]:
+    """Paths of the outermost modules with parameters, from the first one on that has several."""
+    children = [
+        (f"{path}.{name}" if path else name, child)
+        for name, child in model.named_children()
+        if any(True for _ in child.parameters())
+    ]
+    if len(children) == 1 and (inner := _parts(children[0][1], children[0][0])):
+        return inner
+    return [name for name, _ in children]

@@ -1,0 +1,90 @@
+"""P-tuning: a prompt that comes out of a small network. Liu et al., 2021, arXiv:2103.10385.
+
+Trained are P vectors and an encoder that maps them to the prompt: an MLP (d -> h -> h -> d with ReLU), or a
+bidirectional LSTM with an MLP (2h -> 2h -> d) behind it. Both are kept, so training resumes exactly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import adapter_dtype
+from lightning_peft.core.method import Method, Plan
+from lightning_peft.core.prompts import embedding_of, place_prompt, token_models
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuning(Method):
+    """A prompt, made by an encoder, before the text of a transformers model.
+
+    Raises:
+        ConfigError: a field is out of range, or the model has too few positions.
+        NotApplicableError: there is no transformers model that reads token ids.
+    """
+
+    puts_prompt: ClassVar[bool] = True
+
+    num_virtual_tokens: int = 20
+    """Vectors of the prompt, at least 1."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """What makes the prompt out of the trained vectors."""
+    encoder_hidden_size: int | None = None
+    """Hidden features of the encoder, at least 1; None for the width of the model's embeddings."""
+    encoder_num_layers: int = 2
+    """Layers of the LSTM, at least 1."""
+    encoder_dropout: float = 0.0
+    """Probability of dropping a feature between the layers of the LSTM, 0 to 1 (exclusive)."""
+    modules_to_save: list[str] | str | None = "auto"
+    """Modules trained whole beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
+            value = getattr(self, name)
+            if not ((type(value) is int and value >= 1) or (value is None and name == "encoder_hidden_size")):
+                raise self.invalid(name, "at least 1 and whole")
+        if self.encoder not in ("mlp", "lstm"):
+            raise self.invalid("encoder", "one of 'mlp', 'lstm'")
+        dropout = self.encoder_dropout
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise self.invalid("encoder_dropout", "a probability: at least 0, less than 1")
+
+    @property
+    def starts_as_base(self) -> bool:
+        return False
+
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        placements = []
+        for path, pretrained in token_models("PTuning", model):
+            prompt = EncodedPrompt(self, embedding_of(pretrained).weight)
+            placements += place_prompt("PTuning", model, path, pretrained, prompt, self.num_virtual_tokens)
+        return Plan(placements)
+
+
+class EncodedPrompt(nn.Module):
+    """The vectors and their encoder: () -> (P, d)."""
+
+    def __init__(self, method: PTuning, table: Tensor) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"device": table.device, "dtype": adapter_dtype(table)}
+        d = table.shape[1]
+        h, layers = method.encoder_hidden_size or d, method.encoder_num_layers
+        self.embedding = nn.Parameter(torch.randn(method.num_virtual_tokens, d, **options))
+        if method.encoder == "mlp":
+            self.lstm, sizes = None, [d, h, h, d]
+        else:
+            dropout = method.encoder_dropout if layers > 1 else 0.0  # between layers, of which there is one
+            self.lstm = nn.LSTM(d, h, layers, dropout=dropout, bidirectional=True, batch_first=True, **options)
+            sizes = [2 * h, 2 * h, d]
+        linears = [nn.Linear(size_in, size_out, **options) for size_in, size_out in pairwise(sizes)]
+        self.mlp = nn.Sequential(linears[0], *[layer for linear in linears[1:] for layer in (nn.ReLU(), linear)])
+
+    def forward(self) -> Tensor:
+        x = self.embedding[None]
+        if self.lstm is not None:
+            x = self.lstm(x)[0]
+        prompt: Tensor = self.mlp(x)[0]
+        return prompt

@@ -1,0 +1,104 @@
+"""Prompt tuning: learned vectors before the embedded text. Lester et al., 2021, arXiv:2104.08691.
+
+The prompt, (P, d), is all that trains beside the task head. In an encoder-decoder model it stands before the encoder's
+text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import adapter_dtype
+from lightning_peft.core.method import Method, Plan
+from lightning_peft.core.prompts import embedding_of, place_prompt, token_models
+from lightning_peft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(Method):
+    """A learned prompt before the text of a transformers model.
+
+    Raises:
+        ConfigError: a field is out of range, the text cannot be tokenised, or the model has too few positions.
+        NotApplicableError: there is no transformers model that reads token ids.
+    """
+
+    puts_prompt: ClassVar[bool] = True
+
+    num_virtual_tokens: int = 20
+    """Vectors of the prompt, at least 1."""
+    init: Literal["random", "vocabulary", "text"] = "vocabulary"
+    """What it starts from: random vectors as large as the model's embeddings, the embeddings of tokens drawn at random,
+    or those of init_text, repeated or cut to num_virtual_tokens."""
+    init_text: str | None = None
+    """The text for init="text", such as "Is this review positive?"."""
+    tokenizer: str | None = None
+    """Name or path of the tokenizer for init_text."""
+    modules_to_save: list[str] | str | None = "auto"
+    """Modules trained whole beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
+
+    def __post_init__(self) -> None:
+        if type(self.num_virtual_tokens) is not int or self.num_virtual_tokens < 1:
+            raise self.invalid("num_virtual_tokens", "at least 1 and whole")
+        if self.init not in ("random", "vocabulary", "text"):
+            raise self.invalid("init", "one of 'random', 'vocabulary', 'text'")
+        if (self.init == "text") != bool(self.init_text and self.tokenizer):
+            raise ConfigError(
+                f"PromptTuning: init={self.init!r} with init_text={self.init_text!r} and tokenizer={self.tokenizer!r}: "
+                "init='text' needs both, the others take neither."
+            )
+
+    @property
+    def starts_as_base(self) -> bool:
+        return False
+
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        placements = []
+        for path, pretrained in token_models("PromptTuning", model):
+            prompt = Prompt(self._start(embedding_of(pretrained)))
+            placements += place_prompt("PromptTuning", model, path, pretrained, prompt, self.num_virtual_tokens)
+        return Plan(placements)
+
+    @torch.no_grad()
+    def _start(self, embedding: nn.Embedding) -> Tensor:
+        """The prompt at the start: (P, d)."""
+        table, size = embedding.weight.to(adapter_dtype(embedding.weight)), self.num_virtual_tokens
+        if self.init == "random":
+            return table.mean() + table.std() * torch.randn(
+                size, table.shape[1], device=table.device, dtype=table.dtype
+            )
+        if self.init == "vocabulary":
+            return table[torch.randint(table.shape[0], (size,), device=table.device)].clone()
+        ids = _token_ids(str(self.tokenizer), str(self.init_text))
+        if not ids or max(ids) >= table.shape[0]:
+            raise ConfigError(
+                f"PromptTuning: the tokenizer {self.tokenizer!r} makes {len(ids)} tokens of {self.init_text!r}, the "
+                f"largest {max(ids, default=None)}; the model knows {table.shape[0]}. Give the model's own tokenizer."
+            )
+        repeated = (ids * -(-size // len(ids)))[:size]
+        return table[torch.tensor(repeated, device=table.device)].clone()
+
+
+class Prompt(nn.Module):
+    """The vectors themselves: () -> (P, d)."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(start)
+
+    def forward(self) -> Tensor:
+        return self.embedding
+
+
+def _token_ids(tokenizer: str, text: str) -> list[int]:
+    """The ids of a text, without special tokens."""
+    from transformers import AutoTokenizer  # only here: it is slow to import
+
+    try:
+        ids: list[int] = AutoTokenizer.from_pretrained(tokenizer)(text, add_special_tokens=False)["input_ids"]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"PromptTuning.tokenizer: {tokenizer!r} cannot be loaded: {error}") from error
+    return ids

@@ -1,0 +1,234 @@
+r"""Selective tuning: chosen parameters of the base train, whole layers of it or single entries.
+
+.. math:: W' = W \odot (1 - M) + V \odot M, \qquad V \text{ starts as } W
+
+M is fixed by layer, kind and name (which layers suit which change of the data: Lee et al., 2022, arXiv:2210.11466), or
+picks a share of each matrix's entries: the largest in magnitude, or those with the largest mean squared gradient (FISH
+mask: Sung et al., 2021, arXiv:2111.09839).
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import adapter_dtype
+from lightning_peft.core.entries import TunedEntries, entries
+from lightning_peft.core.method import Placement, Plan, TargetedMethod
+from lightning_peft.core.saved import trainable_copy
+from lightning_peft.core.selection import (
+    KINDS,
+    BaseParameter,
+    count,
+    find_parameters,
+    outside,
+    places_of,
+    select_parameters,
+    tune,
+)
+from lightning_peft.core.token_rows import find_table, tune_rows
+from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectiveTuning(TargetedMethod):
+    """Training of chosen parameters of the base; the fields narrow the choice together. Something must be chosen.
+
+    Raises:
+        ConfigError: a field is out of range, or a token is not in the table.
+        NotApplicableError: there is no parameter of the chosen kind.
+        TargetError: nothing is chosen, everything is, or a pattern matches nothing.
+    """
+
+    target_modules: list[str] | str | None = None
+    """Layers whose parameters train: a list of names or suffixes (all below is meant too), roles and the words "norm"
+    and "embedding", or one regular expression for whole names; None for all but the task head. Roles: attention,
+    query, key, value, attention-output, ffn, ffn-output."""
+    parameters: list[str] | None = None
+    """Names of the parameters that train: suffixes such as "query.weight", or regular expressions; None for all."""
+    parameter_types: list[str] | None = None
+    """Kinds of parameters that train: "weight" (matrices and kernels), "bias" (of norms too), "norm" (weight and bias),
+    "embedding" (tables); None for all."""
+    token_ids: list[int] | None = None
+    """Tokens whose rows of the input embedding train: of a transformers model its own, else of the one that
+    target_modules names, or the only one. Where the output layer is tied to it, the rows train there too. With no other
+    field that chooses, these rows train alone."""
+    density: float | None = None
+    """Share of the entries that train, 0 to 1 (both exclusive), in each chosen matrix, kernel and table; None for all.
+    Vectors then train only where parameters or parameter_types name them."""
+    score: Literal["magnitude", "fisher"] = "magnitude"
+    """What density picks by: "magnitude" (largest absolute value) or "fisher" (largest mean squared gradient)."""
+    score_batches: int = 8
+    """Backward passes over which "fisher" takes the mean, at least 1; these leave the parameters as they are."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("parameters", "parameter_types"):
+            value = getattr(self, name)
+            listed = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
+            if value is not None and not listed:
+                raise self.invalid(name, "a list of non-empty strings, or null")
+        for pattern in self.parameters or []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise self.invalid("parameters", f"a list of suffixes or regular expressions ({error})") from error
+        for kind in self.parameter_types or []:
+            if kind not in KINDS:
+                raise ConfigError(
+                    f"SelectiveTuning.parameter_types: {kind!r} is none of {', '.join(map(repr, KINDS))}."
+                    f"{did_you_mean(kind, KINDS)}"
+                )
+        ids: Any = self.token_ids
+        if ids is not None:
+            if not (isinstance(ids, (list, tuple)) and ids and all(type(i) is int and i >= 0 for i in ids)):
+                raise self.invalid("token_ids", "a list of whole numbers from 0 on, or null")
+            if twice := sorted({i for i in ids if ids.count(i) > 1}):
+                raise ConfigError(f"SelectiveTuning.token_ids holds {twice[0]} more than once.")
+        if self.density is not None and not (
+            isinstance(self.density, float) and math.isfinite(self.density) and 0 < self.density < 1
+        ):
+            raise self.invalid("density", "a number greater than 0 and less than 1, or null")
+        if self.score not in ("magnitude", "fisher"):
+            raise self.invalid("score", "'magnitude' or 'fisher'")
+        if self.score == "fisher" and self.density is None:
+            raise ConfigError("SelectiveTuning.score='fisher' picks entries: say how many with density, such as 0.01.")
+        if type(self.score_batches) is not int or self.score_batches < 1:
+            raise self.invalid("score_batches", "at least 1 and whole")
+
+    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+        choosing = ("target_modules", "exclude_modules", "layers", "parameters", "parameter_types", "density")
+        chosen: list[BaseParameter] = []
+        if any(getattr(self, name) is not None for name in choosing):
+            kinds = self.parameter_types
+            if self.density is not None and kinds is None and self.parameters is None:
+                kinds = ["weight", "embedding"]
+            chosen = select_parameters(model, saved, self, kinds, self.parameters)
+        elif self.token_ids is None:
+            raise TargetError(
+                f"SelectiveTuning has nothing to choose by: set {', '.join(choosing)} or token_ids. To train every "
+                "parameter, that is full fine-tuning: PEFTCallback(None)."
+            )
+        rows: list[Placement] = []
+        if self.token_ids is not None:
+            table = find_table(model, chosen if self.target_modules is not None else [])
+            places = places_of(table.tensor, model, saved, self)
+            if not places:
+                raise TargetError(
+                    f"SelectiveTuning.token_ids: '{table.path}' is excluded, or trained whole (modules_to_save)."
+                )
+            if (largest := max(self.token_ids)) >= len(table.tensor):
+                raise ConfigError(
+                    f"SelectiveTuning.token_ids: there is no token {largest} in '{table.path}', which has "
+                    f"{len(table.tensor)} rows. Enlarge it first (resize_token_embeddings)."
+                )
+            rows = tune_rows(places, self.token_ids)
+            chosen = [p for p in chosen if p.tensor is not table.tensor]
+        matrices = {p for p in chosen if not p.kinds.isdisjoint(("weight", "embedding"))}
+        sparse = [p for p in chosen if p in matrices and self.density is not None]
+        whole = [p for p in chosen if p not in matrices or self.density is None]
+        if not rows and not sparse and count(whole) == count(outside(find_parameters(model), saved)):
+            raise TargetError(
+                f"SelectiveTuning would train every parameter of {type(model).__name__}: choose fewer, or, for full "
+                "fine-tuning, use PEFTCallback(None)."
+            )
+        return Plan([*rows, *self._pick(sparse), *tune(whole)])
+
+    def _pick(self, chosen: Sequence[BaseParameter]) -> list[Placement]:
+        """Adapters for the share ``density`` of each parameter's entries."""
+        assert self.density is not None or not chosen
+        picked: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        placements: list[Placement] = []
+        for p in chosen:
+            k = max(1, round(self.density * p.tensor.numel()))  # type: ignore[operator]
+            if self.score == "fisher":
+                if other := next((q for q in chosen if q.tensor is p.tensor and q is not p), None):
+                    raise NotApplicableError(
+                        f"SelectiveTuning.score='fisher': '{p.full_name}' is tied to '{other.full_name}', so that its "
+                        "gradient comes in parts. Leave one out (exclude_modules), or use score='magnitude'."
+                    )
+                adapter: TunedEntries = ScoredEntries(p, k, self.score_batches)
+            else:
+                if id(p.tensor) not in picked:
+                    index = _largest(p.tensor.detach().abs(), k)
+                    picked[id(p.tensor)] = trainable_copy(entries(p.tensor, index), p.full_name), index
+                adapter = TunedEntries(p.name, *picked[id(p.tensor)])
+            placements.append(Placement(p.path, adapter, p.name.replace(".", "_")))
+        return placements
+
+
+class ScoredEntries(TunedEntries):
+    """Entries with the largest mean squared gradient, which it finds out in its first backward passes.
+
+    Until then the weight stays as it is, and ``values`` gets a gradient of zero.
+    """
+
+    score: Tensor | None
+
+    def __init__(self, parameter: BaseParameter, k: int, batches: int) -> None:
+        weight = parameter.tensor
+        index = torch.arange(k, device=weight.device)
+        super().__init__(parameter.name, trainable_copy(entries(weight, index), parameter.full_name), index)
+        nn.init.zeros_(self.values)  # so that weight decay does not move them before they act
+        self.batches = batches
+        # Saved, so that a run that is resumed goes on where it was; the scores are not, being as large as the base.
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64, device=weight.device))
+        self.register_buffer("score", None, persistent=False)
+        self._scoring: bool | None = True  # None: ask ``seen``
+
+    def forward(self, weight: Tensor, name: str) -> Tensor:
+        if self._scoring is None:
+            self._scoring = int(self.get_buffer("seen")) < self.batches
+        if not self._scoring:
+            return super().forward(weight, name)
+        # In eval mode too: from_pretrained leaves a model in it, and a backward pass is a training step all the same.
+        return _observed(weight, self.values, self) if torch.is_grad_enabled() else weight
+
+    @torch.no_grad()
+    def observe(self, weight: Tensor, gradient: Tensor) -> None:
+        """Score one gradient of ``weight``; after the last one, pick the entries."""
+        square = gradient.to(adapter_dtype(gradient)).nan_to_num(0, 0, 0).square()  # fp16 may overflow while it scales
+        self.score = square if self.score is None else self.score.add_(square)
+        seen = self.get_buffer("seen").add_(1)
+        if int(seen) < self.batches:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.score)  # every rank has to pick the same
+        self.index.copy_(_largest(self.score, len(self.index)))
+        self.values.copy_(entries(weight, self.index))
+        self.score, self._scoring = None, False
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.score, self._scoring = None, None
+
+
+class _Observed(torch.autograd.Function):
+    """The weight itself. Its gradient is shown to the adapter, whose values get none of it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, values: Tensor, adapter: ScoredEntries) -> Tensor:
+        ctx.adapter = adapter
+        ctx.save_for_backward(weight)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        ctx.adapter.observe(weight, gradient)
+        return gradient if ctx.needs_input_grad[0] else None, torch.zeros_like(ctx.adapter.values), None
+
+
+@torch.compiler.disable
+def _observed(weight: Tensor, values: Tensor, adapter: ScoredEntries) -> Tensor:
+    output: Tensor = _Observed.apply(weight, values, adapter)
+    return output
+
+
+def _largest(score: Tensor, k: int) -> Tensor:
+    """Positions of the ``k`` largest entries, ascending."""
+    return score.flatten().topk(k).indices.sort().values
