@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test lint slow matrix clean
 
 demo: .venv/.installed
 	$(BIN)/python examples/assets.py
@@ -26,6 +26,9 @@ lint: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+matrix: .venv/.installed
+	cd tests && ../$(BIN)/python -m conformance.matrix --write
 
 clean:
 	rm -rf .venv .cache checkpoints lightning_logs

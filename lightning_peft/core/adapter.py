@@ -36,10 +36,7 @@ class Adapter(nn.Module):
         Raises:
             NotMergeableError: what this adapter computes is not a change of the host's parameters.
         """
-        raise NotMergeableError(
-            f"{type(self).__name__} cannot be merged: what it computes is no change of its host's weights. "
-            "Keep it as an adapter."
-        )
+        raise NotMergeableError("what it computes is no change of its host's weights. Keep it as an adapter.")
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))

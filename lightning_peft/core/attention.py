@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, WeightAdapter
+from lightning_peft.core.adapter import Adapter, InputAdapter, WeightAdapter
+from lightning_peft.core.taps import Tap
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.optional import hf_attention_functions
 
@@ -29,13 +30,14 @@ class PrefixedAttention(WeightAdapter):
         prefix: called without arguments, gives keys and values, each (P, heads · features) or (batch, P, ...).
         host: the attention.
         relative: the module whose ``compute_bias`` gives the bias of relative positions, where the model has one.
+        past: filled by a :class:`CacheLength` on the same host, where there is such a module.
     """
 
     names = ("config",)
 
-    def __init__(self, prefix: nn.Module, host: nn.Module, relative: nn.Module | None) -> None:
+    def __init__(self, prefix: nn.Module, host: nn.Module, relative: nn.Module | None, past: Tap) -> None:
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self.past = prefix, past
         self._eager = inspect.unwrap(type(host).forward).__globals__.get("eager_attention_forward")
         self._relative = (relative,)  # in a tuple: it stays the base's module, not one of this adapter
         _register()
@@ -49,6 +51,22 @@ class PrefixedAttention(WeightAdapter):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _register()  # in the process that unpickles it
+
+
+class CacheLength(InputAdapter):
+    """Notes how many tokens are in the cache of an attention before it adds new ones."""
+
+    def __init__(self, host: nn.Module, past: Tap) -> None:
+        super().__init__()
+        self.past = past
+        self.order = list(inspect.signature(host.forward).parameters)
+        self.layer = int(getattr(host, "layer_idx", None) or 0)
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        cache = {**dict(zip(self.order, args, strict=False)), **kwargs}.get("past_key_values")
+        length = 0 if cache is None else cache.get_seq_length(self.layer)
+        self.past.value = length.clone() if isinstance(length, Tensor) else length  # a static cache counts in place
+        return args, kwargs
 
 
 class _RoutedConfig:
@@ -88,17 +106,19 @@ def attend(
         raise NotApplicableError(_unknown(module, name))
     function = _functions.get_interface(name, prefixes[0]._eager)
     attention_mask = _explicit(module, query, key, attention_mask, name, kwargs.get("is_causal"))
+    ahead = 0
     for prefix in reversed(prefixes):
         keys, values = (_heads(x, key) for x in prefix.prefix())
         before, length = keys.shape[2], key.shape[2]
+        ahead += before
         key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask[..., :length], (before, 0), value=attention_mask.dtype == torch.bool)
         if kwargs.get("position_bias") is not None:
             bias = kwargs["position_bias"]
-            kwargs["position_bias"] = torch.cat([_relative_bias(prefix, bias, before, length), bias], -1)
-    result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
-    return result
+            kwargs["position_bias"] = torch.cat([_relative_bias(prefix, bias, before, ahead), bias], -1)
+    output, weights = function(module, query, key, value, attention_mask, **kwargs)
+    return output, None if weights is None else weights[..., ahead:]  # the caller knows nothing of a prefix
 
 
 def routes_attention(module: nn.Module) -> bool:
@@ -133,16 +153,13 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
     return split.transpose(-2, -3).expand(like.shape[0], -1, -1, -1)
 
 
-def _relative_bias(prefix: PrefixedAttention, bias: Tensor, before: int, length: int) -> Tensor:
-    """The columns of a prefix that sits right before the first key; zero in an attention without positions."""
+def _relative_bias(prefix: PrefixedAttention, bias: Tensor, before: int, ahead: int) -> Tensor:
+    """The columns of a prefix that begins ``ahead`` of the first key; zero in an attention without positions."""
     source: Any = prefix._relative[0]
     if source is None:
         return bias.new_zeros(*bias.shape[:-1], before)
-    queries = bias.shape[-2]
-    whole = source.compute_bias(
-        queries, before + length, device=bias.device, past_seen_tokens=before + length - queries
-    )
-    columns: Tensor = whole[..., :before]
+    past = prefix.past.take() or 0
+    columns: Tensor = source.compute_bias(bias.shape[-2], before, device=bias.device, past_seen_tokens=past + ahead)
     return columns.to(bias.dtype).expand(bias.shape[0], -1, -1, -1)
 
 

@@ -42,8 +42,8 @@ class Method(ABC):
 
     modules_to_save: list[str] | str | None
     """Modules trained whole beside the adapters: name suffixes, ``"auto"`` (the task head), or None."""
-    puts_prompt: ClassVar[bool] = False
-    """Whether it puts virtual tokens before the text, of which one method at a time can make sense."""
+    exclusive: ClassVar[str] = ""
+    """What only one method of a combination can bring, such as ``"prompt"``; empty for most."""
 
     @property
     def starts_as_base(self) -> bool:

@@ -16,12 +16,15 @@ from lightning_peft.core.adapter import InputAdapter, OutputAdapter
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.method import Placement
 from lightning_peft.core.positions import check_room, free_positions, position_modules
+from lightning_peft.core.slots import CHILD, adapter_name
 from lightning_peft.core.taps import Tap
 from lightning_peft.errors import ConfigError, NotApplicableError
 
 _IGNORED = -100  # the label that transformers' losses leave out
 _SEQUENCES = ("last_hidden_state", "hidden_states", "logits", "prediction_logits")  # (..., length, features)
 _SPANS = ("start_logits", "end_logits")  # (batch, length)
+_PLACES = ("start_positions", "end_positions", "mc_token_ids")  # arguments that count tokens from the first one
+_Kept = Callable[[int], int]  # of so many tokens, how many stay
 
 
 def token_models(name: str, model: nn.Module) -> list[tuple[str, Any]]:
@@ -74,18 +77,19 @@ def place_prompt(
     tables = [(table, free) for table, module in position_modules(reader) if (free := free_positions(module))]
     for table, module in position_modules(reader):
         check_room(name, size, table, module)
-    vectors, length = Tap(), Tap()
+    vectors, lengths, form = Tap(), Tap(), Tap()
     room = min(((free, table) for table, free in tables), default=None)
     placements = [
-        Placement(at, PromptInput(prompt, size, reader, _placeholder(pretrained), vectors, length, room)),
+        Placement(at, PromptInput(prompt, size, reader, _placeholder(pretrained), vectors, lengths, room)),
         Placement(path_of(model, embedding_of(pretrained)), PromptEmbedding(prompt, size, vectors), "embedding"),
+        Placement(path, NamedOutput(pretrained, form), "names"),
     ]
     if crossing:
         decoder = pretrained.get_decoder()
         placements.append(Placement(path_of(model, decoder), CrossMask(size, decoder), "mask"))
-        placements.append(Placement(path, EncoderCrop(size), "crop"))
+        placements.append(Placement(path, EncoderCrop(size, form), "crop"))
     else:
-        placements.append(Placement(at, PromptCrop(length), "crop"))
+        placements.append(Placement(path, PromptCrop(lengths, form), "crop"))
     return placements
 
 
@@ -93,25 +97,29 @@ class PromptInput(InputAdapter):
     """Makes room for the virtual tokens in everything that the model is called with."""
 
     def __init__(
-        self, prompt: nn.Module, size: int, reader: nn.Module, placeholder: int, vectors: Tap, length: Tap, room: Any
+        self, prompt: nn.Module, size: int, reader: nn.Module, placeholder: int, vectors: Tap, lengths: Tap, room: Any
     ) -> None:
         super().__init__()
         self.prompt, self.size, self.placeholder, self.room = prompt, size, placeholder, room
-        self.vectors, self.length = vectors, length
+        self.vectors, self.lengths = vectors, lengths
+        self._reader = (reader,)  # in a tuple: it stays the base's module, not one of this adapter
         self.order = list(inspect.signature(reader.forward).parameters)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = {**dict(zip(self.order, args, strict=False)), **kwargs}
         ids, embeds, cache = call.get("input_ids"), call.get("inputs_embeds"), call.get("past_key_values")
-        self.vectors.value = self.length.value = None
+        self.vectors.value = self.lengths.value = None
         if ids is None and embeds is None:
             return args, kwargs
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else int(cache.get_seq_length())
         shape = embeds.shape[:-1] if embeds is not None else ids.shape  # type: ignore[union-attr]
+        self._check(past + shape[-1] + (0 if past else self.size))
+        mask = self._mask(call, len(shape))
+        text = self._text_in(past, shape[-1], call) if past else shape[-1]
+        call = {**call, **mask, **self._moved(call, new=not past)}
+        self.lengths.value = shape[-1], text
         if past:  # the virtual tokens are in the cache: only what speaks of the whole text is to know of them
-            return (), {**call, **self._mask(call), **self._moved(call)}
-        self._check(shape[-1])
-        self.length.value = shape[-1]
+            return (), call
         if embeds is not None:
             vectors = self.prompt().to(embeds.dtype).expand(*shape[:-1], -1, -1)
             call["inputs_embeds"] = torch.cat([vectors, embeds], -2)
@@ -123,16 +131,41 @@ class PromptInput(InputAdapter):
         labels = call.get("labels")
         if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
             call["labels"] = self._before(labels, _IGNORED)
-        for name in ("start_positions", "end_positions"):
+        for name in _PLACES:
             if call.get(name) is not None:
-                call[name] = call[name] + self.size
-        return (), {**call, **self._mask(call), **self._moved(call, new=True)}
+                call[name] = call[name].clamp(min=0) + self.size  # models take what is below 0 for the first token
+        kept = call.get("logits_to_keep")
+        if isinstance(kept, Tensor):
+            call["logits_to_keep"] = torch.where(kept < 0, kept, kept + self.size)
+        return (), call
 
-    def _mask(self, call: dict[str, Any]) -> dict[str, Tensor]:
+    def _text_in(self, past: int, new: int, call: dict[str, Any]) -> int:
+        """How many tokens of text the cache and the call hold."""
+        slots: Any = self._reader[0]._modules[CHILD]
+        prompts = [
+            adapter
+            for name in slots.active
+            for slot, adapter in slots.named_children()
+            if adapter_name(slot) == name and isinstance(adapter, PromptInput)
+        ]
+        text = told = past + new - sum(prompt.size for prompt in prompts)
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if mask is not None:
+            told = mask.shape[-1]
+        elif positions is not None and positions.dim() == 2 and not torch.compiler.is_compiling():
+            told = int(positions.max()) + 1
+        if told != text and prompts[0] is self:  # what the call tells the others has the virtual tokens before theirs
+            raise NotApplicableError(
+                f"The cache holds {past} tokens, {past + new - text} of them virtual, and with {new} new ones that is "
+                f"no text of {told}. To go on from a cache, give generate the new tokens alone, with the mask of all."
+            )
+        return text
+
+    def _mask(self, call: dict[str, Any], dims: int) -> dict[str, Tensor]:
         mask = call.get("attention_mask")
         if mask is None:
             return {}
-        if not isinstance(mask, Tensor) or mask.dim() > 3:
+        if not isinstance(mask, Tensor) or mask.dim() != dims:
             raise NotApplicableError(
                 "Virtual tokens need an attention mask of shape (batch, tokens), and this model was called with "
                 f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. In generate, leave "
@@ -154,10 +187,11 @@ class PromptInput(InputAdapter):
         return torch.cat([x.new_full((*x.shape[:-1], self.size), value), x], -1)
 
     def _check(self, length: int) -> None:
-        if self.room and length + self.size > self.room[0]:
+        if self.room and length > self.room[0]:
             raise ConfigError(
-                f"A text of {length} tokens and {self.size} virtual ones do not fit into the {self.room[0]} positions "
-                f"of '{self.room[1]}'. Shorten the text (max_length), or use fewer virtual tokens (num_virtual_tokens)."
+                f"A text of {length - self.size} tokens and {self.size} virtual ones do not fit into the "
+                f"{self.room[0]} positions of '{self.room[1]}'. Shorten the text (max_length), or use fewer virtual "
+                "tokens (num_virtual_tokens)."
             )
 
 
@@ -178,27 +212,61 @@ class PromptEmbedding(OutputAdapter):
         return torch.cat([y[..., :start, :], vectors, y[..., start + self.size :, :]], -2)
 
 
+class _Plain:
+    """Stands for ``return_dict=False`` while the model puts out a dict; the last of several prompts undoes that."""
+
+    last: Tap
+
+
+class NamedOutput(InputAdapter):
+    """Asks the model for outputs by name, also where the caller wants a plain tuple: only names tell what to crop."""
+
+    def __init__(self, pretrained: Any, form: Tap) -> None:
+        super().__init__()
+        self._pretrained = (pretrained,)  # in a tuple: it stays the base's module, not one of this adapter
+        self.form = form
+        self.order = list(inspect.signature(pretrained.forward).parameters)
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        call = {**dict(zip(self.order, args, strict=False)), **kwargs}
+        wanted = call.get("return_dict")
+        wanted = self._pretrained[0].config.return_dict if wanted is None else wanted
+        if wanted is False:
+            wanted = call["return_dict"] = _Plain()  # true in every condition
+        self.form.value = wanted if isinstance(wanted, _Plain) else None
+        if self.form.value is not None:
+            self.form.value.last = self.form
+            return (), call
+        return args, kwargs
+
+
 class PromptCrop(OutputAdapter):
     """Cuts what the model puts out for each token to the tokens that were sent."""
 
-    def __init__(self, length: Tap) -> None:
+    def __init__(self, lengths: Tap, form: Tap) -> None:
         super().__init__()
-        self.length = length
+        self.lengths, self.form = lengths, form
 
     def forward(self, x: Any, y: Any) -> Any:
-        length = self.length.take()
-        return y if length is None else _crop(y, lambda size: min(size, length))
+        lengths = self.lengths.take()
+        if lengths is not None:
+            new, total = lengths
+            y = _crop(y, lambda size: min(size, new), lambda size: min(size, total))
+        return _formed(y, self.form)
 
 
 class EncoderCrop(OutputAdapter):
     """Cuts what an encoder-decoder model hands out of its encoder by the virtual tokens."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, form: Tap) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.form = size, form
 
     def forward(self, x: Any, y: Any) -> Any:
-        return _crop(y, lambda size: size - self.size, "encoder_")
+        return _formed(_crop(y, self._text, self._text, "encoder_"), self.form)
+
+    def _text(self, size: int) -> int:
+        return size - self.size
 
 
 class CrossMask(InputAdapter):
@@ -211,8 +279,13 @@ class CrossMask(InputAdapter):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = {**dict(zip(self.order, args, strict=False)), **kwargs}
-        mask = call.get("encoder_attention_mask")
+        mask, states = call.get("encoder_attention_mask"), call.get("encoder_hidden_states")
         if mask is not None:
+            if states is not None and mask.shape[-1] == states.shape[1]:
+                raise ConfigError(
+                    f"The encoder's output and its mask are both of {mask.shape[-1]} tokens: there is nothing of the "
+                    f"{self.size} virtual ones in it. Take it from get_encoder(), and give the mask of the text."
+                )
             call["encoder_attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.size), mask], -1)
         return (), call
 
@@ -229,28 +302,49 @@ def _placeholder(pretrained: Any) -> int:
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:
     """The path of a module in ``model``."""
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
     return paths[id(wanted)]
 
 
-def _crop(output: Any, keep: Callable[[int], int], prefix: str = "") -> Any:
-    """``output`` with the last ``keep(size)`` of whatever has a place for each token, in the fields of that prefix."""
-    if isinstance(output, dict):  # every ModelOutput is one
-        fields = {
-            name: _cropped(value, keep, name.removeprefix(prefix)) if name.startswith(prefix) else value
-            for name, value in output.items()
-        }
-        return type(output)(**fields)
-    return output if prefix else _cropped(output, keep)
+def _crop(output: Any, queries: _Kept, keys: _Kept, prefix: str = "") -> Any:
+    """``output`` with the last part alone of whatever has a place for each token.
+
+    Args:
+        output: of a transformers model. What is none of those has no names, and stays as it is.
+        queries: how many of so many tokens stay.
+        keys: the same for the tokens that are attended to.
+        prefix: what names begin with, the others are left alone; but the encoder is also what a decoder attends to.
+    """
+    if not isinstance(output, dict):  # every ModelOutput is one
+        return output
+    fields = {}
+    for name, value in output.items():
+        kind = name.removeprefix(prefix) if name.startswith(prefix) else name if name == "cross_attentions" else ""
+        fields[name] = _cropped(value, kind, queries, keys)
+    return type(output)(**fields)
 
 
-def _cropped(value: Any, keep: Callable[[int], int], name: str = "hidden_states") -> Any:
+def _cropped(value: Any, kind: str, queries: _Kept, keys: _Kept) -> Any:
     if isinstance(value, tuple):
-        return tuple(_cropped(item, keep, name) for item in value)
+        return tuple(_cropped(item, kind, queries, keys) for item in value)
     if not isinstance(value, Tensor):
         return value
-    dims = (-1,) if name in _SPANS else (-2,) if name in _SEQUENCES and value.dim() >= 3 else ()
-    for dim in (-2, -1) if name == "attentions" else dims:
-        size = value.shape[dim]
-        value = value.narrow(dim, size - keep(size), keep(size))
-    return value
+    if kind in _SEQUENCES and value.dim() >= 3:
+        return _last(value, -2, queries)
+    if kind in _SPANS:
+        return _last(value, -1, queries)
+    if kind == "attentions":
+        return _last(_last(value, -2, queries), -1, keys)
+    return _last(value, -1, keys) if kind == "cross_attentions" else value
+
+
+def _last(x: Tensor, dim: int, kept: _Kept) -> Tensor:
+    """The last part of ``x``, contiguous as what the model put out, which callers may ``view`` in another shape."""
+    size = x.shape[dim]
+    return x.narrow(dim, size - kept(size), kept(size)).contiguous()
+
+
+def _formed(output: Any, form: Tap) -> Any:
+    """``output`` as the caller wanted it."""
+    plain = form.take()
+    return output.to_tuple() if plain is not None and plain.last is form and hasattr(output, "to_tuple") else output

@@ -1,10 +1,11 @@
 """The residual sublayers of a transformer's blocks: where each reads the stream, where it ends, and which norm it has.
 
 A post-LN block computes ``LN(x + h(x))``, a pre-LN block ``x + h(LN(x))``. Both may be built from modules of the same
-names in the same order (BART and Whisper are), so the block itself is asked: its forward is started and stopped at the
-first norm or linear layer that it calls.
+names in the same order (BART and Whisper are), so the block itself is asked: the forward of a copy without weights is
+started, and stopped at the first norm or linear layer that it calls.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.core.blocks import PROJECTIONS, Block, find_blocks
 from lightning_peft.core.hosts import Host, find_hosts
@@ -76,7 +77,7 @@ def _sublayers(
     pre = _starts_with_norm(model.get_submodule(block.path), own, inside, found[0].width, model, block.path)
     return [
         Sublayer(s.kind, s.block, s.source, output, s.width, norm, pre if norm else None, s is found[-1])
-        for s, (norm, output) in zip(found, _pair(found, own), strict=True)
+        for s, (norm, output) in zip(found, _pair(found, own, pre), strict=True)
     ]
 
 
@@ -93,13 +94,13 @@ def _block_norms(block: Block, norms: Sequence[tuple[str, nn.Module]], width: in
     ]
 
 
-def _pair(sublayers: Sequence[Sublayer], norms: Sequence[str]) -> list[tuple[str, str]]:
+def _pair(sublayers: Sequence[Sublayer], norms: Sequence[str], pre: bool | None) -> list[tuple[str, str]]:
     """The norm of each sublayer and the path of its output."""
     if len(norms) == len(sublayers):
         return [(norm, s.output) for norm, s in zip(norms, sublayers, strict=True)]
     if len(norms) == 2 * len(sublayers):  # one before and one after: the second one's output joins the stream
         return list(zip(norms[::2], norms[1::2], strict=True))
-    if len(norms) == 1:  # attention and feedforward part read the same normalised stream
+    if len(norms) == 1 and pre:  # attention and feedforward part read the same normalised stream
         return [(norms[0], s.output) for s in sublayers]
     return [("", s.output) for s in sublayers]
 
@@ -121,21 +122,28 @@ def _starts_with_norm(
 
         return hook
 
-    modules = {name: model.get_submodule(name) for name in (*norms, *linears) if name != path}
-    handles = [m.register_forward_pre_hook(stop(n in norms), prepend=True) for n, m in modules.items()]
-    weight = next(block.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    stream = torch.zeros(1, 1, width, device=weight.device, dtype=dtype)
-    required = [
-        p
-        for p in inspect.signature(block.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    try:
-        # Whatever else the block wants, it wants it later; and if not, it stays unknown.
-        with torch.no_grad(), suppress(Exception):
-            block.forward(stream, *[None] * (len(required) - 1))
-    finally:
-        for handle in handles:
-            handle.remove()
+    below = {name: name[len(path) + 1 :] if path else name for name in (*norms, *linears) if name != path}
+    # Whatever else the block wants, it wants it later; and if not, it stays unknown.
+    with torch.no_grad(), suppress(Exception):
+        # A copy, so that no hook, generator, running mean or attribute of the model sees any of this.
+        twin = copy.deepcopy(block, {id(t): _weightless(t) for t in (*model.parameters(), *model.buffers())}).eval()
+        for module in twin.modules():
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+        for name, inside in below.items():
+            twin.get_submodule(inside).register_forward_pre_hook(stop(name in norms))
+        weight = next(twin.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        stream = torch.zeros(1, 1, width, device="meta", dtype=dtype)
+        required = [
+            p
+            for p in inspect.signature(twin.forward).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        twin.forward(stream, *[None] * (len(required) - 1))
     return seen[0] if seen else None
+
+
+def _weightless(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

@@ -115,7 +115,7 @@ def select_parameters(
             if not any(p.layer in matched for p in candidates):
                 raise NotApplicableError(
                     f"{type(method).__name__}: of the layers that target_modules={pattern!r} matches, first "
-                    f"'{min(matched)}', none has a {_either(kinds)}. Leave it out; others that have one are "
+                    f"'{min(matched)}', none has any {_either(kinds)}. Leave it out; others that have one are "
                     f"'{candidates[0].layer}' and '{candidates[-1].layer}'."
                 )
             chosen |= matched
@@ -123,7 +123,7 @@ def select_parameters(
     result = {p for p in _named(candidates, scope.free, names) if p.layer in chosen}
     if not result:
         raise TargetError(
-            f"{type(method).__name__}: nothing is left to train in {type(model).__name__}. Each layer with a "
+            f"{type(method).__name__}: nothing is left to train in {type(model).__name__}: every "
             f"{_either(kinds)} is ruled out by target_modules={method.target_modules!r}, "
             f"exclude_modules={method.exclude_modules!r}, layers={method.layers!r}"
             f"{'' if names is None else f' or parameters={list(names)!r}'}."
@@ -238,7 +238,8 @@ def _named(
         return candidates
     for pattern in patterns:
         if not any(matches_end(pattern, p.full_name) for p in free):
-            known = {p.full_name for p in free} | {p.name for p in free}
+            parts = pattern.count(".") + 1
+            known = {".".join(p.full_name.split(".")[-parts:]) for p in free}
             raise TargetError(f"parameters: no parameter is called {pattern!r}.{did_you_mean(pattern, known)}")
     return [p for p in candidates if any(matches_end(pattern, p.full_name) for pattern in patterns)]
 

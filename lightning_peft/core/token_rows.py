@@ -72,7 +72,7 @@ class TokenRows(OutputAdapter):
         self.padding = tokens.index(padding_idx) if padding_idx in tokens else None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        tokens = x.to(self.index.dtype)
+        tokens = x.to(self.index.dtype).contiguous()  # else searchsorted warns
         place = torch.searchsorted(self.index, tokens).clamp(max=len(self.index) - 1)
         rows = F.embedding(place, self.values, self.padding).to(y.dtype)
         return torch.where((self.index[place] == tokens).unsqueeze(-1), rows, y)

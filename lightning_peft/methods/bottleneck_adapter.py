@@ -112,7 +112,7 @@ class BottleneckAdapter(TargetedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset not in PRESETS:
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
             raise ConfigError(
                 f"BottleneckAdapter has no preset {self.preset!r}; presets: {', '.join(PRESETS)}."
                 f"{did_you_mean(str(self.preset), PRESETS)}"
@@ -163,13 +163,19 @@ class BottleneckAdapter(TargetedMethod):
             return Plan([Placement(path, self._on(path, model.get_submodule(path))) for path in paths])
         kinds = {"attention": "after_attention", "cross-attention": "after_cross_attention", "ffn": "after_ffn"}
         every = [s for s in find_sublayers(model) if not any(f"{s.output}.".startswith(f"{p}.") for p in saved)]
-        wanted = {s.output for s in every if self.choice(kinds[s.kind])}
-        if not wanted:
-            raise NotApplicableError(
-                f"BottleneckAdapter finds no transformer blocks with such a part in {type(model).__name__}. Name the "
-                "modules whose output to adapt: target_modules=['layer1', 'layer2']."
-            )
-        chosen = narrow(wanted, [s.output for s in every], self.exclude_modules, self.layers)
+        parts = {kind: {s.output for s in every if s.kind == kind} for kind in kinds}
+        wanted: set[str] = set()
+        for kind, field in kinds.items():
+            if self.choice(field) and not parts[kind]:
+                raise NotApplicableError(
+                    f"BottleneckAdapter({field}=True) finds no transformer blocks with such a part in "
+                    f"{type(model).__name__}. Set {field}=False if they have others, or name the modules whose output "
+                    "to adapt: target_modules=['layer1', 'layer2']."
+                )
+            wanted |= parts[kind] if self.choice(field) else set()
+        roles = {"ffn": parts["ffn"], "attention": parts["attention"] | parts["cross-attention"]}
+        roles |= {f"{role}-output": names for role, names in roles.items()}
+        chosen = narrow(wanted, [s.output for s in every], self.exclude_modules, self.layers, roles)
         if not chosen:
             raise TargetError("BottleneckAdapter: exclude_modules and layers leave nothing to adapt.")
         return Plan([p for s in every if s.output in chosen for p in self._in_block(model, s)])
@@ -191,7 +197,7 @@ class BottleneckAdapter(TargetedMethod):
                 f"BottleneckAdapter(reads={reads!r}) has to know where the norm of '{s.output}' is, and the block "
                 f"'{s.block}' does not tell. Use preset='houlsby', or name modules in target_modules."
             )
-        f = self._bottleneck(width, model.get_submodule(s.output))
+        f = self._bottleneck(width, model.get_submodule(s.output), _batch_dim(model.get_submodule(s.block)))
         if reads == "output":
             yield Placement(s.output, BottleneckOutput(s.output, f, width), part)
         elif reads == "sum" and not s.pre:
@@ -206,9 +212,9 @@ class BottleneckAdapter(TargetedMethod):
             yield Placement(s.norm if s.pre else s.source, Capture(tap), f"{part}x")
             yield Placement(s.output, BottleneckOutput(s.output, f, width, tap, reads == "sum"), part)
 
-    def _bottleneck(self, width: Width, host: nn.Module) -> "Bottleneck":
+    def _bottleneck(self, width: Width, host: nn.Module, batch_dim: int = 0) -> "Bottleneck":
         m = self.width or max(1, int(width.features // self.choice("reduction_factor")))
-        return Bottleneck(self, width.features, m, next(host.parameters()))
+        return Bottleneck(self, width.features, m, next(host.parameters()), batch_dim)
 
     def invalid(self, name: str, expected: str) -> ConfigError:
         return ConfigError(f"BottleneckAdapter.{name} must be {expected}, not {self.choice(name)!r}.")
@@ -217,7 +223,7 @@ class BottleneckAdapter(TargetedMethod):
 class Bottleneck(nn.Module):
     """f: (..., d) -> (..., d)."""
 
-    def __init__(self, method: BottleneckAdapter, d: int, m: int, like: Tensor) -> None:
+    def __init__(self, method: BottleneckAdapter, d: int, m: int, like: Tensor, batch_dim: int) -> None:
         super().__init__()
         options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
         self.down, self.up = nn.Linear(d, m, **options), nn.Linear(m, d, **options)
@@ -226,7 +232,7 @@ class Bottleneck(nn.Module):
         self.scale = nn.Parameter(torch.ones(learned, **options)) if learned else scale
         self.norm_before = nn.LayerNorm(d, **options) if method.layer_norm == "before" else None
         self.norm_after = nn.LayerNorm(d, **options) if method.layer_norm == "after" else None
-        self.gate = Gate(d, self.down.weight) if method.gating else None
+        self.gate = Gate(d, self.down.weight, batch_dim) if method.gating else None
         _INITS[method.choice("init")](self.down, self.up)
         for bias in (self.down.bias, self.up.bias):
             nn.init.zeros_(bias)
@@ -256,16 +262,26 @@ class BottleneckOutput(OutputAdapter):
 
     def forward(self, x: Any, y: Any) -> Any:
         h = first_output(y)
+        if not isinstance(h, Tensor):
+            raise TargetError(
+                f"BottleneckAdapter on '{self.path}' met an output of type {type(h).__name__}, not a tensor. Name "
+                "another module in target_modules, such as the last layer inside it."
+            )
         z = h if self.tap is None else self.tap.take()
-        if self.adds_tap:
-            z = z + h
-        z = z.movedim(self.width.dim, -1)
-        if z.shape[-1] != self.width.features:
+        if z is None or z.shape != h.shape:
+            raise TargetError(
+                f"BottleneckAdapter on '{self.path}' met an output of shape {tuple(h.shape)} and a stream of "
+                f"{'unknown shape' if z is None else tuple(z.shape)}: the block rearranges it in between. "
+                "Use reads='output' (preset='houlsby')."
+            )
+        dim = self.width.dim
+        if z.dim() <= max(dim, 0) or z.shape[dim] != self.width.features:
             raise TargetError(
                 f"BottleneckAdapter on '{self.path}' expected {self.width.features} features and met an output of "
                 f"shape {tuple(h.shape)}. Name another module in target_modules, such as the last layer inside it."
             )
-        return with_first_output(y, h + self.bottleneck(z).movedim(-1, self.width.dim).to(h.dtype))
+        z = z + h if self.adds_tap else z
+        return with_first_output(y, h + self.bottleneck(z.movedim(dim, -1)).movedim(-1, dim).to(h.dtype))
 
 
 class BottleneckBeforeNorm(InputAdapter):
@@ -279,6 +295,11 @@ class BottleneckBeforeNorm(InputAdapter):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         u = first_input(args, kwargs)
         return with_first_input(args, kwargs, u + self.bottleneck(self._norm[0].forward(u)).to(u.dtype))
+
+
+def _batch_dim(block: nn.Module) -> int:
+    """Which dimension of a block's stream counts the sequences: the second one where torch's attention says so."""
+    return int(any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in block.modules()))
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

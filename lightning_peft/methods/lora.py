@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, OutputAdapter, WeightAdapter, adapter_dtype
+from lightning_peft.core.gate import Gate
 from lightning_peft.core.hosts import EmbeddingLayout, Host
 from lightning_peft.core.method import LayerMethod
 from lightning_peft.core.targets import matches_end, pattern_value
@@ -37,6 +38,8 @@ class LoRA(LayerMethod):
     """Probability of dropping an input feature of A, 0 to 1 (exclusive). Embeddings, fed with indices, are exempt."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
+    gating: bool = False
+    """Whether a gate from the layer's input, from 0 to 1, scales the update (UniPELT); then it cannot be merged."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of layers whose name ends in the key (a suffix or a regular expression)."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -55,8 +58,9 @@ class LoRA(LayerMethod):
                 raise self.invalid(name, "a number greater than 0")
         if not (_number(self.dropout) and 0 <= self.dropout < 1):
             raise self.invalid("dropout", "a probability: at least 0, less than 1")
-        if type(self.use_rslora) is not bool:
-            raise self.invalid("use_rslora", "true or false")
+        for name in ("use_rslora", "gating"):
+            if type(getattr(self, name)) is not bool:
+                raise self.invalid(name, "true or false")
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 try:
@@ -85,8 +89,13 @@ class LoRA(LayerMethod):
                 f"allows; use r <= {limit} (rank_pattern), exclude_modules, or train it whole with modules_to_save."
             )
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if self.gating and (host.reads_weight or not host.linear):
+            raise NotApplicableError(
+                f"LoRA.gating cannot act on '{host.name}' ({type(host.module).__name__}): a gate reads the features "
+                "that enter a linear layer. Set gating=False or exclude it (exclude_modules)."
+            )
         if not host.reads_weight:
-            return LoRAOutput(host, r, scale, self.dropout)
+            return LoRAOutput(host, r, scale, self.dropout, self.gating)
         if self.dropout:
             raise NotApplicableError(
                 f"LoRA.dropout={self.dropout} cannot act on '{host.name}': {type(host.module).__name__} reads that "
@@ -96,21 +105,25 @@ class LoRA(LayerMethod):
 
 
 class LoRAOutput(OutputAdapter):
-    """Adds ``s * B A x`` to the host's output."""
+    """Adds ``s * B A x`` to the host's output, times a gate if there is one."""
 
-    def __init__(self, host: Host, r: int, scale: float, dropout: float) -> None:
+    def __init__(self, host: Host, r: int, scale: float, dropout: float, gating: bool) -> None:
         super().__init__()
         self.layout, self.scale, self.dropout = host.layout, scale, dropout
         self.lora_A, self.lora_B = _factors(host, r)  # (r, in), (out, r)
+        self.gate = Gate(host.layout.in_features, self.lora_A) if gating else None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        scale = self.scale if self.gate is None else self.scale * self.gate(x)
         if self.dropout and x.is_floating_point():
             x = F.dropout(x, self.dropout, self.training)
         # The small factors follow the dtype of the large tensors, never the other way round.
         h = self.layout.down(x, self.lora_A.to(y.dtype))  # (..., r)
-        return y + self.layout.up(h * self.scale, self.lora_B.to(y.dtype))
+        return y + self.layout.up(h * scale, self.lora_B.to(y.dtype))
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.gate is not None:
+            return super().merge(parameters)
         weight = parameters["weight"]
         return {"weight": weight + _delta(self, weight)}
 

@@ -11,13 +11,13 @@ where positions are absolute or rotary, as in the reference implementation.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, adapter_dtype
-from lightning_peft.core.attention import PrefixedAttention, check_implementation, routes_attention
+from lightning_peft.core.attention import CacheLength, PrefixedAttention, check_implementation, routes_attention
 from lightning_peft.core.blocks import PROJECTIONS, Attention, Block, find_blocks
 from lightning_peft.core.gate import Gate, GatedInput
 from lightning_peft.core.hosts import Host, find_hosts
@@ -40,6 +40,8 @@ class PrefixTuning(Method):
         ConfigError: a field is out of range, or the prefix leaves no room in the model's position table.
         NotApplicableError: the model has no attention, or one that computes its scores in a way of its own.
     """
+
+    exclusive: ClassVar[str] = "prefix"
 
     num_virtual_tokens: int = 20
     """Keys and values of the prefix in each attention, at least 1."""
@@ -128,7 +130,10 @@ class PrefixTuning(Method):
             yield Placement(path, PrefixedMultihead(prefix, host, tap))
             yield Placement(path, MultiheadOutput(host, tap), "output")
         else:
-            yield Placement(path, PrefixedAttention(prefix, host, None if cross else _relative(model, path)))
+            relative, past = None if cross else _relative(model, path), Tap()
+            yield Placement(path, PrefixedAttention(prefix, host, relative, past))
+            if relative is not None:
+                yield Placement(path, CacheLength(host, past), "past")
 
 
 class Prefix(nn.Module):

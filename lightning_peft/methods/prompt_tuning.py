@@ -26,7 +26,7 @@ class PromptTuning(Method):
         NotApplicableError: there is no transformers model that reads token ids.
     """
 
-    puts_prompt: ClassVar[bool] = True
+    exclusive: ClassVar[str] = "prompt"
 
     num_virtual_tokens: int = 20
     """Vectors of the prompt, at least 1."""

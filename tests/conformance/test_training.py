@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conformance.cells import Cell, perturb
-from snapshot import assert_identical
+from snapshot import Snapshot, assert_identical
 
+from lightning_peft import inject
 from lightning_peft.core.checkpoint import adapter_keys
+from lightning_peft.errors import NotApplicableError
 
 
 def test_a_fresh_adapter_leaves_the_output_as_it_was(cell: Cell) -> None:
@@ -63,3 +65,13 @@ def test_a_base_parameter_gets_no_gradient(cell: Cell) -> None:
     model = cell.adapted()
     cell.loss(model).backward()
     assert [name for name, p in model.named_parameters() if ".peft." not in f".{name}" and p.grad is not None] == []
+
+
+def test_a_refusal_says_why_and_leaves_the_model_as_it_was(refused_cell: Cell) -> None:
+    base = refused_cell.base()
+    before = Snapshot(base)
+    with pytest.raises(NotApplicableError) as refusal:
+        inject(base, refused_cell.method)
+    assert str(refusal.value) == refused_cell.refusal
+    assert len(refused_cell.refusal) > 40
+    before.assert_same(base)

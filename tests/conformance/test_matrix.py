@@ -1,0 +1,30 @@
+"""Every method × every kind of model, trained by a real Trainer, saved and loaded; and the README's table of it."""
+
+from pathlib import Path
+
+import pytest
+from conformance.matrix import BEGIN, README, REFUSED, WORKS, library_methods, read_table, run_cell, short_name
+from conformance.models import MODELS
+
+from lightning_peft.core.method import Method
+
+
+# Torch's encoder packs padded rows into one in eval mode.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", library_methods(), ids=short_name)
+def test_a_method_trains_saves_and_loads_or_says_why_not(method: type[Method], model: str, tmp_path: Path) -> None:
+    outcome = run_cell(method, MODELS[model], tmp_path)
+    if outcome.mark == REFUSED:
+        pytest.skip(outcome.reason)
+
+
+def test_the_readmes_table_has_every_method_and_every_model() -> None:
+    if BEGIN not in (readme := README.read_text()):
+        pytest.skip(f"the README has no {BEGIN}")
+    heads, *rows = list(read_table(readme)) or [[]]
+    assert heads[1:] == [short_name(method) for method in library_methods()], (
+        "make the table anew: in tests/, python -m conformance.matrix --write"
+    )
+    assert [row[0] for row in rows] == list(MODELS)
+    assert {cell.split()[0] for row in rows for cell in row[1:]} <= {WORKS, REFUSED}
