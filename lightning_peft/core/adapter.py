@@ -15,6 +15,8 @@ from lightning_peft.errors import NotMergeableError
 class Adapter(nn.Module):
     """Base of the three kinds. Floating-point parameters ignore casts to 16 bits: adapters train in full precision."""
 
+    additive: bool = False
+    """Whether it adds something that does not depend on what other adapters of its host have made of the output."""
     trains: frozenset[str] = frozenset()
     """Names of the parameters that train, noted when the adapter is attached; the others stay as they were made."""
 

@@ -16,8 +16,11 @@ PROJECTIONS = {
     "value": {"v", "value", "v_proj", "v_lin", "value_proj", "wv", "to_v"},
     "fused": {"in_proj", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"},
 }
-# Projections of relative positions: part of an attention, and none of the three (DeBERTa with share_att_key=False).
-_POSITIONS = {"pos_key_proj", "pos_query_proj"}
+# Part of an attention, and neither one of the three nor the output: projections of relative positions (DeBERTa with
+# share_att_key=False), and those of tokens that attend to all (Longformer).
+_FURTHER = {"pos_key_proj", "pos_query_proj", "query_global", "key_global", "value_global"}
+# Names of the output. Elsewhere it is the last layer, and gates or relative positions may come behind one of these.
+_OUTPUTS = {"o", "o_proj", "out_proj", "out_lin", "c_proj", "dense", "proj", "wo", "Wo", "to_out"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Block:
 def find_blocks(hosts: Sequence[Host]) -> list[Block]:
     """Find the blocks among ``hosts``, in the order of the model. An attention outside of any is a block by itself."""
     linears = [host.name for host in hosts if host.linear]
-    leaves = {leaf for names in PROJECTIONS.values() for leaf in names} | _POSITIONS
+    leaves = {leaf for names in PROJECTIONS.values() for leaf in names} | _FURTHER
     projections = {name for name in linears if _leaf(name) in leaves}
     named = {role: {name for name in linears if _leaf(name) in names} for role, names in PROJECTIONS.items()}
     # A feature called "value" alone is no attention: a query beside it, or the three in one, is.
@@ -59,13 +62,18 @@ def find_blocks(hosts: Sequence[Host]) -> list[Block]:
     blocks = []
     for path in dict.fromkeys(owners.values()):
         own = [scope for scope, owner in owners.items() if owner == path]
-        outputs = {scope: [name for name in inside[scope] if name not in projections][-1:] for scope in own}
         attentions = tuple(
-            Attention(scope, inside[scope], "".join(outputs[scope]), cross=i > 0) for i, scope in enumerate(own)
+            Attention(scope, inside[scope], _output(inside[scope], projections), cross=i > 0)
+            for i, scope in enumerate(own)
         )
         outside = tuple(name for name in linears if _below(name, path) and name not in attended)
         blocks.append(Block(path, attentions, outside if any(own) else ()))
     return blocks
+
+
+def _output(linears: Sequence[str], projections: set[str]) -> str:
+    others = [name for name in linears if name not in projections]
+    return ([name for name in others if _leaf(name) in _OUTPUTS] or others or [""])[-1]
 
 
 def _climb(start: str, names: list[str], known: set[str]) -> str:

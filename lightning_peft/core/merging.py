@@ -1,15 +1,16 @@
 """Folding an adapter into the base weights, for good or for a while."""
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.core.injection import remove
 from lightning_peft.core.registry import Registry, find_adapter
-from lightning_peft.core.slots import base_modules
+from lightning_peft.core.slots import AdapterSlots, adapter_name, base_modules
 from lightning_peft.errors import NotMergeableError
 
 
@@ -65,9 +66,14 @@ def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
         before = {key: tensor for key, tensor in _tensors(host)}
         values = _Widened(before)
         changed: dict[str, Tensor] = {}
-        for adapter in adapters:
-            changed.update(adapter.merge(values))
-            values.update(changed)
+        try:
+            for adapter in adapters:
+                _check_order(registry.slots[path], name, adapter)
+                changed.update(adapter.merge(values))
+                values.update(changed)
+        except NotMergeableError as error:
+            method = type(registry.attachments[name].method).__name__
+            raise NotMergeableError(f"{method} on '{path}' cannot be merged: {error}") from error
         for key, value in changed.items():
             tensor, where = before[key], ".".join(part for part in (prefix, path, key) if part)
             if isinstance(host, nn.Embedding) and host.max_norm is not None:
@@ -108,6 +114,26 @@ class _Widened(dict[str, Tensor]):
             )
         self[key] = tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
         return self[key]
+
+
+def _check_order(slots: AdapterSlots, name: str, adapter: Adapter) -> None:
+    """Refuse to merge what acts on the result of another adapter: folded into the weights, it would act first."""
+    before = set(itertools.takewhile(lambda active: active != name, slots.active))
+    for slot, earlier in slots.named_children():
+        if adapter_name(slot) in before and isinstance(earlier, Adapter) and _depends(adapter, earlier):
+            other = adapter_name(slot)
+            raise NotMergeableError(
+                f"the adapter {other!r} acts there before it. Merge {other!r} first, or activate(model, {name!r})."
+            )
+
+
+def _depends(adapter: Adapter, earlier: Adapter) -> bool:
+    """Whether ``adapter`` acts on what ``earlier`` has made."""
+    if adapter.additive and earlier.additive:
+        return False
+    if isinstance(adapter, WeightAdapter) and isinstance(earlier, WeightAdapter):
+        return not set(adapter.names).isdisjoint(earlier.names)
+    return any(isinstance(adapter, kind) and isinstance(earlier, kind) for kind in (InputAdapter, OutputAdapter))
 
 
 def _by_host(registry: Registry, name: str) -> dict[str, list[Adapter]]:

@@ -71,6 +71,30 @@ class Method(ABC):
         """The error for a field that has a value it cannot have."""
         return ConfigError(f"{type(self).__name__}.{name} must be {expected}, not {getattr(self, name)!r}.")
 
+    def check_patterns(self, *names: str) -> None:
+        """Raise unless each of these fields is None, a non-empty string or a list of them.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for name in names:
+            value = getattr(self, name)
+            strings = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
+            if not (strings or (isinstance(value, str) and value) or value is None):
+                raise self.invalid(name, "a non-empty string or a list of them")
+
+    def check_layers(self, name: str = "layers") -> None:
+        """Raise unless this field is None or a list of indices.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        value = getattr(self, name)
+        if value is not None and not (
+            isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value)
+        ):
+            raise self.invalid(name, "a list of layer indices, or None for all")
+
     @classmethod
     def field_names(cls) -> list[str]:
         """The names of this method's fields."""
@@ -119,15 +143,8 @@ class TargetedMethod(Method):
     """Modules trained whole beside the adapters: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            value = getattr(self, name)
-            strings = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
-            if not (strings or (isinstance(value, str) and value) or value is None):
-                raise self.invalid(name, "a non-empty string or a list of them")
-        if self.layers is not None and not (
-            isinstance(self.layers, (list, tuple)) and self.layers and all(type(v) is int for v in self.layers)
-        ):
-            raise self.invalid("layers", "a list of layer indices, or None for all")
+        self.check_patterns("target_modules", "exclude_modules", "modules_to_save")
+        self.check_layers()
 
 
 @dataclass(frozen=True, kw_only=True)

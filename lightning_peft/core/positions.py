@@ -78,11 +78,16 @@ class PositionShift(InputAdapter):
         self._check(call[name], call[self.order[0]])
         return (), call
 
-    def _check(self, positions: Any, tokens: Tensor) -> None:
-        # On the CPU alone, where it costs nothing: elsewhere reading a position would wait for the device.
-        if self.rows is None or torch.compiler.is_compiling() or tokens.device.type != "cpu":
+    def _check(self, positions: Any, tokens: Any) -> None:
+        """Raise if the table ends before ``positions``: each token's, or that of the first of a tensor or shape."""
+        if self.rows is None or torch.compiler.is_compiling():
             return
-        end = int(positions.max()) + 1 if isinstance(positions, Tensor) else positions + tokens.shape[1]
+        if isinstance(positions, Tensor) and positions.device.type != "cpu":  # reading one would wait for the device
+            return
+        if isinstance(positions, Tensor) and positions.dim():
+            end = int(positions.max()) + 1
+        else:
+            end = int(positions) + (tokens.shape if isinstance(tokens, Tensor) else tokens)[1]
         if end + self.offset > self.rows:
             raise ConfigError(
                 f"The text is too long beside {self.amount} virtual tokens: together they reach entry "

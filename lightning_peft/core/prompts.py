@@ -6,6 +6,7 @@ the caller has sent.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,7 @@ class PromptInput(InputAdapter):
         call = {**dict(zip(self.order, args, strict=False)), **kwargs}
         ids, embeds, cache = call.get("input_ids"), call.get("inputs_embeds"), call.get("past_key_values")
         self.vectors.value = self.lengths.value = None
-        if ids is None and embeds is None:
+        if (ids is None and embeds is None) or _recurs(call):
             return args, kwargs
         past = 0 if cache is None else int(cache.get_seq_length())
         shape = embeds.shape[:-1] if embeds is not None else ids.shape  # type: ignore[union-attr]
@@ -124,7 +125,10 @@ class PromptInput(InputAdapter):
             vectors = self.prompt().to(embeds.dtype).expand(*shape[:-1], -1, -1)
             call["inputs_embeds"] = torch.cat([vectors, embeds], -2)
         if ids is not None:
-            self.vectors.value = shape[-1] if embeds is None else None
+            prompts = self._acting()
+            start = sum(prompt.size for prompt in prompts[prompts.index(self) + 1 :])  # those go before this one
+            rows, total = math.prod(shape[:-1]), start + self.size + shape[-1]
+            self.vectors.value = (start, rows, total) if embeds is None else None
             call["input_ids"] = self._before(ids, self.placeholder)
         if call.get("token_type_ids") is not None:
             call["token_type_ids"] = self._before(call["token_type_ids"], 0)
@@ -141,13 +145,7 @@ class PromptInput(InputAdapter):
 
     def _text_in(self, past: int, new: int, call: dict[str, Any]) -> int:
         """How many tokens of text the cache and the call hold."""
-        slots: Any = self._reader[0]._modules[CHILD]
-        prompts = [
-            adapter
-            for name in slots.active
-            for slot, adapter in slots.named_children()
-            if adapter_name(slot) == name and isinstance(adapter, PromptInput)
-        ]
+        prompts = self._acting()
         text = told = past + new - sum(prompt.size for prompt in prompts)
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         if mask is not None:
@@ -160,6 +158,16 @@ class PromptInput(InputAdapter):
                 f"no text of {told}. To go on from a cache, give generate the new tokens alone, with the mask of all."
             )
         return text
+
+    def _acting(self) -> list["PromptInput"]:
+        """The prompts of the model that act, in their order: each stands before those that came earlier."""
+        slots: Any = self._reader[0]._modules[CHILD]
+        return [
+            adapter
+            for name in slots.active
+            for slot, adapter in slots.named_children()
+            if adapter_name(slot) == name and isinstance(adapter, PromptInput)
+        ]
 
     def _mask(self, call: dict[str, Any], dims: int) -> dict[str, Tensor]:
         mask = call.get("attention_mask")
@@ -204,10 +212,15 @@ class PromptEmbedding(OutputAdapter):
         self.size, self.vectors = size, vectors
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        length = self.vectors.take()
-        if length is None:
+        if (place := self.vectors.take()) is None:
             return y
-        start = y.shape[-2] - length - self.size  # another prompt may stand before
+        start, rows, total = place
+        # More columns are padding of the model's own, behind the text (Longformer).
+        if math.prod(x.shape[:-1]) != rows or x.shape[-1] < total:
+            raise NotApplicableError(
+                f"The model looks its tokens up as {tuple(x.shape)}, which is not {rows} rows of {total} tokens, "
+                "virtual ones included: they have no place before the text. Use LoRA or BottleneckAdapter."
+            )
         vectors = self._prompt[0]().to(y.dtype).expand(*y.shape[:-2], -1, -1)
         return torch.cat([y[..., :start, :], vectors, y[..., start + self.size :, :]], -2)
 
@@ -288,6 +301,13 @@ class CrossMask(InputAdapter):
                 )
             call["encoder_attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.size), mask], -1)
         return (), call
+
+
+def _recurs(call: dict[str, Any]) -> bool:
+    """Whether a recurrent model (Mamba, RWKV) goes on from a state, which has the virtual tokens in it."""
+    state = call.get("cache_params")
+    begun = getattr(state, "has_previous_state", None)
+    return call.get("state") is not None or bool(begun() if callable(begun) else state is not None)
 
 
 def _placeholder(pretrained: Any) -> int:

@@ -67,11 +67,12 @@ def _sublayers(
         for attention in block.attentions
         if attention.output
     ]
-    if block.ffn:
-        end = hosts[block.ffn[-1]]
-        found.append(Sublayer("ffn", block.path, hosts[block.ffn[0]].path, end.path, end.layout.out_features))
     if not found or not block.ffn:
         return found
+    end = hosts[block.ffn[-1]]
+    if end.layout.out_features != found[0].width:
+        return found  # it puts out something else: in a mixture of experts, how much each counts
+    found.append(Sublayer("ffn", block.path, hosts[block.ffn[0]].path, end.path, end.layout.out_features))
     inside = [hosts[name].path for name in (*block.ffn, *(n for a in block.attentions for n in a.linears))]
     own = _block_norms(block, norms, found[0].width, inside)
     pre = _starts_with_norm(model.get_submodule(block.path), own, inside, found[0].width, model, block.path)

@@ -1,77 +1,20 @@
 """Which parameters of a base train, for the methods that tune the base's own: by layer, by kind and by name."""
 
-import re
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_peft.core.entries import TunedEntries, entries
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import find_hosts
 from lightning_peft.core.method import Placement, TargetedMethod
-from lightning_peft.core.norms import is_norm
+from lightning_peft.core.parameters import COMPONENTS, BaseParameter, count, find_parameters, inside, outside
 from lightning_peft.core.roles import ROLES, find_roles
-from lightning_peft.core.saved import Copies, TunedParameters, readers, trainable_copy
+from lightning_peft.core.saved import Copies, TunedParameters, trainable_copy
 from lightning_peft.core.targets import each_pattern, match_names, matches_end, narrow
 from lightning_peft.errors import NotApplicableError, TargetError, did_you_mean
-
-KINDS = ("weight", "bias", "norm", "embedding")
-"""Matrices and kernels, bias vectors (those of norms too), all of a norm, tables. Some parameters are none of these."""
-COMPONENTS = ("norm", "embedding")
-"""Kinds that target patterns may use as words."""
-_BIAS = re.compile(r"(.*_)?bias(_.*)?")
-
-
-@dataclass(frozen=True, eq=False)
-class BaseParameter:
-    """One parameter of the base at one module that reads it, or the part of it that belongs to one layer."""
-
-    layer: str
-    """What target patterns match: ``encoder.0.self_attn.in_proj``."""
-    path: str
-    """Path of the module whose forward reads it: ``encoder.0.self_attn``."""
-    module: nn.Module
-    name: str
-    """Path of the parameter from that module: ``in_proj_bias``."""
-    tensor: nn.Parameter
-    kinds: frozenset[str]
-    part: tuple[int, int] | None = None
-    """First and last (exclusive) entry, where several layers share the parameter; None for all of it."""
-
-    @property
-    def full_name(self) -> str:
-        """The name under which the model has it."""
-        return f"{self.path}.{self.name}" if self.path else self.name
-
-
-def find_parameters(model: nn.Module) -> list[BaseParameter]:
-    """Every parameter of the base at every module that reads it, in the order of the modules.
-
-    Raises:
-        NotApplicableError: a lazy layer has no weight yet.
-    """
-    layers: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
-    for host in find_hosts(model):
-        layers.setdefault((host.path, host.parameter), []).append((host.name, 0, 0))
-        if host.bias:
-            end = host.bias_start + host.layout.out_features
-            layers.setdefault((host.path, host.bias), []).append((host.name, host.bias_start, end))
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
-    found: list[BaseParameter] = []
-    for path, module, names in readers(model):
-        for name in names:
-            owner, leaf = name.rpartition(".")[0], name.rpartition(".")[2]
-            tensor = module.get_submodule(owner)._parameters.get(leaf)
-            if tensor is None:  # a buffer
-                continue
-            kinds = _kinds(module, leaf, tensor, tables)
-            own = layers.get((path, name), [(".".join(part for part in (path, owner) if part), 0, 0)])
-            for layer, start, end in own:
-                part = (start, end) if len(own) > 1 else None
-                found.append(BaseParameter(layer, path, module, name, tensor, kinds, part))
-    return found
 
 
 def select_parameters(
@@ -89,8 +32,8 @@ def select_parameters(
         model: the network.
         saved: paths of modules that are trained whole; nothing below them is chosen.
         method: its ``target_modules`` (None: all but the task head), ``exclude_modules`` and ``layers``. Patterns are
-            names or suffixes (all below is chosen too), roles, :data:`COMPONENTS`, and regular expressions.
-        kinds: which of :data:`KINDS`; None for all, those without a kind included.
+            names or suffixes (all below is chosen too), roles, "norm" and "embedding", and regular expressions.
+        kinds: which of :data:`~lightning_peft.core.parameters.KINDS`; None for all, those without a kind included.
         names: suffixes or regular expressions for the ends of the parameters' names; None for all.
 
     Raises:
@@ -107,7 +50,7 @@ def select_parameters(
         )
     if method.target_modules is None:
         heads = task_heads(model)
-        chosen = {p.layer for p in candidates if not _inside(p.layer, heads)}
+        chosen = {p.layer for p in candidates if not inside(p.layer, heads)}
     else:
         chosen = set()
         for pattern in each_pattern(method.target_modules):
@@ -140,11 +83,6 @@ def places_of(
     return [p for p in scope.free if p.tensor is tensor and p in scope]
 
 
-def outside(parameters: Iterable[BaseParameter], saved: Sequence[str]) -> list[BaseParameter]:
-    """Those of ``parameters`` that are not trained whole with one of the modules ``saved``."""
-    return [p for p in parameters if not _inside(p.layer, saved)]
-
-
 class _Scope:
     """What of a model may be chosen at all."""
 
@@ -152,7 +90,7 @@ class _Scope:
         self.every = find_parameters(model)
         self.free = outside(self.every, saved)
         self.layers = list(dict.fromkeys(p.layer for p in self.free))
-        self.roles = find_roles([host for host in find_hosts(model) if not _inside(host.name, saved)])
+        self.roles = find_roles([host for host in find_hosts(model) if not inside(host.name, saved)])
         self.roles |= {kind: {p.layer for p in self.free if kind in p.kinds} for kind in COMPONENTS}
         # "norm" means every norm, also where one layer has that very name.
         exclude = list(each_pattern(method.exclude_modules))
@@ -189,13 +127,22 @@ class _Scope:
 
 
 def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
-    """One adapter for each host that reads parameters of ``chosen``; tied ones stay tied."""
+    """One adapter for each host that reads parameters of ``chosen``; tied ones stay tied.
+
+    Raises:
+        NotApplicableError: one of them is quantised, complex, not there yet, or part of a parametrization.
+    """
     copies: Copies = {}
     hosts: dict[str, list[BaseParameter]] = {}
     for p in chosen:
         hosts.setdefault(p.path, []).append(p)
     placements: list[Placement] = []
     for path, own in hosts.items():
+        if isinstance(own[0].module, ParametrizationList):
+            raise NotApplicableError(
+                f"'{own[0].full_name}' only goes into a weight that is computed (a parametrization: weight_norm). "
+                "Remove the parametrization first, or leave it out: exclude_modules=['parametrizations']."
+            )
         whole = [p.name for p in own if p.part is None]
         parts: dict[str, list[BaseParameter]] = {}
         for p in own:
@@ -213,23 +160,6 @@ def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
     return placements
 
 
-def count(parameters: Iterable[BaseParameter]) -> int:
-    """How many numbers they hold; tied ones count once."""
-    sizes = {(id(p.tensor), p.part): p.part[1] - p.part[0] if p.part else p.tensor.numel() for p in parameters}
-    return sum(sizes.values())
-
-
-def _kinds(module: nn.Module, leaf: str, tensor: nn.Parameter, tables: set[int]) -> frozenset[str]:
-    kinds = set()
-    if leaf == "bias" or (_BIAS.fullmatch(leaf) and tensor.dim() == 1):  # bias_k of an attention is a token
-        kinds.add("bias")
-    if is_norm(module):
-        kinds.add("norm")
-    if id(tensor) in tables:
-        kinds.add("embedding")
-    return frozenset(kinds or ({"weight"} if tensor.dim() > 1 else ()))
-
-
 def _named(
     candidates: Sequence[BaseParameter], free: Sequence[BaseParameter], patterns: Sequence[str] | None
 ) -> Sequence[BaseParameter]:
@@ -242,10 +172,6 @@ def _named(
             known = {".".join(p.full_name.split(".")[-parts:]) for p in free}
             raise TargetError(f"parameters: no parameter is called {pattern!r}.{did_you_mean(pattern, known)}")
     return [p for p in candidates if any(matches_end(pattern, p.full_name) for pattern in patterns)]
-
-
-def _inside(name: str, paths: Iterable[str]) -> bool:
-    return any(not path or f"{name}.".startswith(f"{path}.") for path in paths)
 
 
 def _either(kinds: Collection[str] | None) -> str:

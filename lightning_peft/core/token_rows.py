@@ -10,8 +10,8 @@ from lightning_peft.core.adapter import Adapter, OutputAdapter
 from lightning_peft.core.entries import TunedEntries, entries, with_entries
 from lightning_peft.core.heads import input_embeddings
 from lightning_peft.core.method import Placement
+from lightning_peft.core.parameters import BaseParameter, find_parameters
 from lightning_peft.core.saved import trainable_copy
-from lightning_peft.core.selection import BaseParameter, find_parameters
 from lightning_peft.errors import NotApplicableError, TargetError
 
 
@@ -41,17 +41,20 @@ def tune_rows(places: Sequence[BaseParameter], token_ids: Sequence[int]) -> list
         places: the modules that read one and the same table.
         token_ids: rows to train.
     """
-    table = places[0].tensor
-    index = torch.tensor(sorted(token_ids), device=table.device)
+    table, tokens = places[0].tensor, sorted(token_ids)
+    index = torch.tensor(tokens, device=table.device)
     values = trainable_copy(entries(table, index, *table.shape[1:]), places[0].full_name)
-    return [Placement(place.path, _adapter(place, values, index), place.name.replace(".", "_")) for place in places]
+    return [
+        Placement(place.path, _adapter(place, values, index, tokens), place.name.replace(".", "_")) for place in places
+    ]
 
 
-def _adapter(place: BaseParameter, values: nn.Parameter, index: Tensor) -> Adapter:
+def _adapter(place: BaseParameter, values: nn.Parameter, index: Tensor, tokens: list[int]) -> Adapter:
     module, forward = place.module, type(place.module).forward
     if isinstance(module, nn.Embedding) and forward is nn.Embedding.forward:
         if module.max_norm is None and not module.scale_grad_by_freq:
-            return TokenRows(values, index, module.padding_idx)
+            padding = module.padding_idx
+            return TokenRows(values, index, tokens.index(padding) if padding in tokens else None)
     elif isinstance(module, nn.Linear) and forward is nn.Linear.forward and module.bias is None:
         return TokenLogits(values, index)
     return TunedEntries(place.name, values, index)  # whatever the module does with its table, it does with these rows
@@ -62,14 +65,14 @@ class TokenRows(OutputAdapter):
 
     index: Tensor
 
-    def __init__(self, values: nn.Parameter, index: Tensor, padding_idx: int | None) -> None:
-        """Take ``values`` (k, features), the rows of the tokens ``index`` (k,), which ascend."""
+    def __init__(self, values: nn.Parameter, index: Tensor, padding: int | None) -> None:
+        """Take ``values`` (k, features), the rows of the tokens ``index`` (k,), which ascend.
+
+        ``padding`` is the place of the padding token among them, whose row torch gives no gradient.
+        """
         super().__init__()
-        self.values = values
+        self.values, self.padding = values, padding
         self.register_buffer("index", index)
-        tokens = [] if padding_idx is None or index.is_meta else index.tolist()
-        # Torch gives the row of a padding token no gradient.
-        self.padding = tokens.index(padding_idx) if padding_idx in tokens else None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         tokens = x.to(self.index.dtype).contiguous()  # else searchsorted warns

@@ -6,8 +6,8 @@ a bottleneck adapter, each behind a gate of its own).
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -39,25 +39,27 @@ class Combine(Method):
         ConfigError: fewer than two methods, two that exclude each other, or a part with a modules_to_save of its own.
     """
 
-    methods: list[Method] = field(default_factory=list)
-    """The methods, two or more; at most one that puts a prompt before the text, and one prefix."""
+    methods: list[Method] | None = None
+    """The methods, two or more; at most one that puts a prompt before the text, and one prefix. None for the preset's,
+    which are then kept here."""
     preset: str | None = None
     """In place of methods: "mam" or "unipelt". Without either it is "mam"."""
     modules_to_save: list[str] | str | None = "auto"
     """Modules trained whole beside the adapters, for all methods together: name suffixes, "auto", or None."""
 
     def __post_init__(self) -> None:
-        if self.preset is not None and (self.methods or self.preset not in PRESETS):
+        known = list(PRESETS)
+        if self.preset is not None and (self.methods is not None or self.preset not in known):
             raise ConfigError(
-                f"Combine: give either methods or one of the presets {', '.join(PRESETS)}; not preset={self.preset!r} "
-                f"with {len(self.methods)} methods.{did_you_mean(str(self.preset), PRESETS)}"
+                f"Combine: give either methods, as one list, or one of the presets {', '.join(known)}; not "
+                f"preset={self.preset!r}{'.' if self.methods is None else ' with methods.'}"
+                f"{'' if self.preset in known else did_you_mean(str(self.preset), known)}"
             )
-        if not self.methods:
+        if self.methods is None:
             # What a preset stands for is kept in its place, so that a file means the same in every version.
-            parts = [Method.from_config(part) for part in PRESETS[self.preset or "mam"]]
-            object.__setattr__(self, "methods", parts)
+            object.__setattr__(self, "methods", [Method.from_config(part) for part in PRESETS[self.preset or "mam"]])
             object.__setattr__(self, "preset", None)
-        if isinstance(self.methods, (str, Mapping, Method)) or not all(isinstance(m, Method) for m in self.methods):
+        if not isinstance(self.methods, (list, tuple)) or not all(isinstance(m, Method) for m in self.methods):
             raise self.invalid("methods", "a list of methods, such as [LoRA(r=8), PromptTuning()]")
         if len(self.methods) < 2 or any(isinstance(method, Combine) for method in self.methods):
             raise self.invalid("methods", "a list of two or more methods, none of them Combine")
@@ -68,6 +70,10 @@ class Combine(Method):
                     f"Combine: {' and '.join(names)} both bring a {kind}, and there is room for one. Use one with more "
                     "num_virtual_tokens, or two adapters: inject(model, method, name)."
                 )
+        saved = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
+        strings = isinstance(saved, (list, tuple)) and all(isinstance(name, str) and name for name in saved)
+        if saved is not None and not strings:
+            raise self.invalid("modules_to_save", "a non-empty string, a list of them, or null")
         for method in self.methods:
             if method.modules_to_save not in ("auto", None, self.modules_to_save):
                 raise ConfigError(
@@ -77,10 +83,10 @@ class Combine(Method):
 
     @property
     def starts_as_base(self) -> bool:
-        return all(method.starts_as_base for method in self.methods)
+        return all(method.starts_as_base for method in self.methods or ())
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        plans = [method.plan(model, saved) for method in self.methods]
+        plans = [method.plan(model, saved) for method in self.methods or ()]
         return Plan(
             [
                 replace(placement, part=f"{i}_{placement.part}" if placement.part else str(i))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter, adapter_dtype
+from lightning_peft.core.blocks import find_blocks
 from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, Layout, find_hosts
 from lightning_peft.core.method import Placement, Plan, TargetedMethod
 from lightning_peft.core.roles import find_roles
@@ -43,19 +44,17 @@ class IA3(TargetedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        value = self.feedforward_modules
-        if not (value is None or isinstance(value, str) or all(isinstance(v, str) for v in value)):
-            raise self.invalid("feedforward_modules", "a string or a list of them")
+        self.check_patterns("feedforward_modules")
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
         hosts = [h for h in find_hosts(model) if not any(f"{h.name}.".startswith(f"{path}.") for path in saved)]
         roles = find_roles(hosts)
-        feedforward, fused = self.feedforward_modules, set()
+        feedforward, queries = self.feedforward_modules, {}
         if self.target_modules is not None:
             chosen = select_hosts(model, self.target_modules, self.exclude_modules, self.layers, saved)
         else:
-            fused = roles["fused"]
-            wanted = roles["key"] | roles["value"] | roles["ffn-output"] | fused
+            queries = _fused_queries(hosts, roles["fused"])
+            wanted = roles["key"] | roles["value"] | roles["ffn-output"] | roles["fused"]
             if not roles["attention"]:
                 raise NotApplicableError(
                     f"IA3 finds no attention in {type(model).__name__}. Name layers to rescale: target_modules=[...]."
@@ -63,7 +62,7 @@ class IA3(TargetedMethod):
             names = narrow(wanted, [host.name for host in hosts], self.exclude_modules, self.layers, roles)
             chosen = [host for host in hosts if host.name in names]
             feedforward = sorted(roles["ffn-output"]) if feedforward is None else feedforward
-        scaled_inputs = {host.name for host in select_hosts(model, feedforward)} if feedforward else set()
+        scaled_inputs = _named(model, feedforward)
         if not chosen or (self.feedforward_modules and scaled_inputs.isdisjoint(host.name for host in chosen)):
             raise TargetError(
                 f"IA3: target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r} and "
@@ -71,10 +70,10 @@ class IA3(TargetedMethod):
                 f"feedforward_modules={feedforward!r}: name it in target_modules too."
             )
         return Plan(
-            [Placement(h.path, self._build(h, h.name in scaled_inputs, h.name in fused), h.part) for h in chosen]
+            [Placement(h.path, self._build(h, h.name in scaled_inputs, queries.get(h.name, 0)), h.part) for h in chosen]
         )
 
-    def _build(self, host: Host, scales_input: bool, spares_query: bool) -> Adapter:
+    def _build(self, host: Host, scales_input: bool, start: int) -> Adapter:
         if scales_input:
             if host.reads_weight or isinstance(host.layout, EmbeddingLayout):
                 raise NotApplicableError(
@@ -82,8 +81,27 @@ class IA3(TargetedMethod):
                     "Take it out of feedforward_modules."
                 )
             return IA3Input(host)
-        start = host.layout.out_features // 3 if spares_query else 0
         return IA3Weight(host, start) if host.reads_weight else IA3Output(host, start)
+
+
+def _fused_queries(hosts: Sequence[Host], fused: set[str]) -> dict[str, int]:
+    """How many features of each layer that holds query, key and value are the query: as many as the output reads."""
+    layouts = {host.name: host.layout for host in hosts}
+    return {
+        name: layouts[attention.output].in_features if attention.output else layouts[name].out_features // 3
+        for block in find_blocks(hosts)
+        for attention in block.attentions
+        for name in attention.linears
+        if name in fused
+    }
+
+
+def _named(model: nn.Module, patterns: list[str] | str | None) -> set[str]:
+    """Names of the layers that ``feedforward_modules`` speaks of."""
+    try:
+        return {host.name for host in select_hosts(model, patterns)} if patterns else set()
+    except TargetError as error:
+        raise TargetError(f"feedforward_modules: {str(error).removeprefix('target_modules: ')}") from error
 
 
 class IA3Output(OutputAdapter):

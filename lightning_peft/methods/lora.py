@@ -107,6 +107,8 @@ class LoRA(LayerMethod):
 class LoRAOutput(OutputAdapter):
     """Adds ``s * B A x`` to the host's output, times a gate if there is one."""
 
+    additive = True
+
     def __init__(self, host: Host, r: int, scale: float, dropout: float, gating: bool) -> None:
         super().__init__()
         self.layout, self.scale, self.dropout = host.layout, scale, dropout
@@ -130,6 +132,8 @@ class LoRAOutput(OutputAdapter):
 
 class LoRAWeight(WeightAdapter):
     """Adds ``s * B A`` to a weight that its host reads itself."""
+
+    additive = True
 
     def __init__(self, host: Host, r: int, scale: float) -> None:
         super().__init__()

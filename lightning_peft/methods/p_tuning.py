@@ -51,6 +51,7 @@ class PTuning(Method):
         dropout = self.encoder_dropout
         if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise self.invalid("encoder_dropout", "a probability: at least 0, less than 1")
+        self.check_patterns("modules_to_save")
 
     @property
     def starts_as_base(self) -> bool:

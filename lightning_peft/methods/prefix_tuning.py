@@ -9,6 +9,7 @@ P_K and P_V are parameters, or come out of an MLP that all layers share up to it
 where positions are absolute or rotary, as in the reference implementation.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -70,10 +71,13 @@ class PrefixTuning(Method):
         for name in ("prefix_projection", "gating"):
             if type(getattr(self, name)) is not bool:
                 raise self.invalid(name, "true or false")
-        if isinstance(self.init_std, bool) or not isinstance(self.init_std, (int, float)) or not self.init_std >= 0:
+        std = self.init_std
+        if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < math.inf:
             raise self.invalid("init_std", "a number, at least 0")
-        if isinstance(self.places, str) or not self.places or not set(self.places) <= set(_PLACES):
+        if not (isinstance(self.places, (list, tuple)) and self.places and all(p in _PLACES for p in self.places)):
             raise self.invalid("places", f"a list of any of {', '.join(_PLACES)}")
+        self.check_patterns("exclude_modules", "modules_to_save")
+        self.check_layers()
 
     @property
     def starts_as_base(self) -> bool:
@@ -191,8 +195,10 @@ def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tup
         for role, leaves in PROJECTIONS.items()
         if name.rpartition(".")[2] in leaves
     }
-    keys = sizes.get("key", sizes.get("fused", 0) // 3)
-    if not routed or keys != sizes.get("value", keys):
+    fused = sizes.get("fused", 0)
+    queries = hosts[attention.output].layout.in_features if attention.output else fused // 3
+    keys = sizes.get("key", (fused - queries) // 2)  # what the output reads is as wide as the queries
+    if not routed or keys != sizes.get("value", keys) or keys < 1:
         raise NotApplicableError(
             f"PrefixTuning cannot put keys and values into '{attention.path}' ({type(scope).__name__}): it computes "
             "its scores in a way of its own. It needs nn.MultiheadAttention, or an attention of transformers that goes "

@@ -16,6 +16,8 @@ from lightning_peft.core.method import Method, Plan
 from lightning_peft.core.prompts import embedding_of, place_prompt, token_models
 from lightning_peft.errors import ConfigError
 
+_SAMPLE = 1024  # tokens whose embeddings tell how large a random prompt has to be
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(Method):
@@ -45,6 +47,10 @@ class PromptTuning(Method):
             raise self.invalid("num_virtual_tokens", "at least 1 and whole")
         if self.init not in ("random", "vocabulary", "text"):
             raise self.invalid("init", "one of 'random', 'vocabulary', 'text'")
+        for name in ("init_text", "tokenizer"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise self.invalid(name, "a string, or None")
+        self.check_patterns("modules_to_save")
         if (self.init == "text") != bool(self.init_text and self.tokenizer):
             raise ConfigError(
                 f"PromptTuning: init={self.init!r} with init_text={self.init_text!r} and tokenizer={self.tokenizer!r}: "
@@ -65,21 +71,27 @@ class PromptTuning(Method):
     @torch.no_grad()
     def _start(self, embedding: nn.Embedding) -> Tensor:
         """The prompt at the start: (P, d)."""
-        table, size = embedding.weight.to(adapter_dtype(embedding.weight)), self.num_virtual_tokens
+        tokens, size = embedding.num_embeddings, self.num_virtual_tokens
+        if self.init == "text":
+            ids = torch.tensor(self._text_ids(tokens), device=embedding.weight.device)
+        else:
+            drawn = _SAMPLE if self.init == "random" else size
+            ids = torch.randint(tokens, (drawn,), device=embedding.weight.device)
+        # Looked up, since some models scale what they find in the table; not called, since hooks are for the text.
+        rows: Tensor = embedding.forward(ids).to(adapter_dtype(embedding.weight))
         if self.init == "random":
-            return table.mean() + table.std() * torch.randn(
-                size, table.shape[1], device=table.device, dtype=table.dtype
-            )
-        if self.init == "vocabulary":
-            return table[torch.randint(table.shape[0], (size,), device=table.device)].clone()
+            return rows.mean() + rows.std() * torch.randn_like(rows[:1].expand(size, -1))
+        return rows.clone()
+
+    def _text_ids(self, known: int) -> list[int]:
+        """The ids of the text, repeated or cut to the size of the prompt."""
         ids = _token_ids(str(self.tokenizer), str(self.init_text))
-        if not ids or max(ids) >= table.shape[0]:
+        if not ids or max(ids) >= known:
             raise ConfigError(
                 f"PromptTuning: the tokenizer {self.tokenizer!r} makes {len(ids)} tokens of {self.init_text!r}, the "
-                f"largest {max(ids, default=None)}; the model knows {table.shape[0]}. Give the model's own tokenizer."
+                f"largest {max(ids, default=None)}; the model knows {known}. Give the model's own tokenizer."
             )
-        repeated = (ids * -(-size // len(ids)))[:size]
-        return table[torch.tensor(repeated, device=table.device)].clone()
+        return (ids * -(-self.num_virtual_tokens // len(ids)))[: self.num_virtual_tokens]
 
 
 class Prompt(nn.Module):

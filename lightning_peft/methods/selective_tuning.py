@@ -7,7 +7,6 @@ picks a share of each matrix's entries: the largest in magnitude, or those with 
 mask: Sung et al., 2021, arXiv:2111.09839).
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +18,9 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.entries import TunedEntries, entries
 from lightning_peft.core.method import Placement, Plan, TargetedMethod
+from lightning_peft.core.parameters import KINDS, BaseParameter, count, find_parameters, outside
 from lightning_peft.core.saved import trainable_copy
-from lightning_peft.core.selection import (
-    KINDS,
-    BaseParameter,
-    count,
-    find_parameters,
-    outside,
-    places_of,
-    select_parameters,
-    tune,
-)
+from lightning_peft.core.selection import places_of, select_parameters, tune
 from lightning_peft.core.token_rows import find_table, tune_rows
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 
@@ -89,9 +80,7 @@ class SelectiveTuning(TargetedMethod):
                 raise self.invalid("token_ids", "a list of whole numbers from 0 on, or null")
             if twice := sorted({i for i in ids if ids.count(i) > 1}):
                 raise ConfigError(f"SelectiveTuning.token_ids holds {twice[0]} more than once.")
-        if self.density is not None and not (
-            isinstance(self.density, float) and math.isfinite(self.density) and 0 < self.density < 1
-        ):
+        if self.density is not None and not (isinstance(self.density, float) and 0 < self.density < 1):
             raise self.invalid("density", "a number greater than 0 and less than 1, or null")
         if self.score not in ("magnitude", "fisher"):
             raise self.invalid("score", "'magnitude' or 'fisher'")
@@ -101,7 +90,9 @@ class SelectiveTuning(TargetedMethod):
             raise self.invalid("score_batches", "at least 1 and whole")
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        choosing = ("target_modules", "exclude_modules", "layers", "parameters", "parameter_types", "density")
+        choosing = ["target_modules", "layers", "parameters", "parameter_types", "density"]
+        if self.token_ids is None:  # of rows alone, exclude_modules says where they stay as they are
+            choosing.append("exclude_modules")
         chosen: list[BaseParameter] = []
         if any(getattr(self, name) is not None for name in choosing):
             kinds = self.parameter_types
@@ -140,11 +131,10 @@ class SelectiveTuning(TargetedMethod):
 
     def _pick(self, chosen: Sequence[BaseParameter]) -> list[Placement]:
         """Adapters for the share ``density`` of each parameter's entries."""
-        assert self.density is not None or not chosen
         picked: dict[int, tuple[nn.Parameter, Tensor]] = {}
         placements: list[Placement] = []
         for p in chosen:
-            k = max(1, round(self.density * p.tensor.numel()))  # type: ignore[operator]
+            k = max(1, round((self.density or 0) * p.tensor.numel()))
             if self.score == "fisher":
                 if other := next((q for q in chosen if q.tensor is p.tensor and q is not p), None):
                     raise NotApplicableError(
@@ -164,7 +154,8 @@ class SelectiveTuning(TargetedMethod):
 class ScoredEntries(TunedEntries):
     """Entries with the largest mean squared gradient, which it finds out in its first backward passes.
 
-    Until then the weight stays as it is, and ``values`` gets a gradient of zero.
+    Until then the weight stays as it is, and ``values`` gets a gradient of zero. A layer that runs several times in one
+    forward pass is scored as often.
     """
 
     score: Tensor | None
@@ -191,6 +182,8 @@ class ScoredEntries(TunedEntries):
     @torch.no_grad()
     def observe(self, weight: Tensor, gradient: Tensor) -> None:
         """Score one gradient of ``weight``; after the last one, pick the entries."""
+        if not self._scoring:  # the layer ran several times in the last pass
+            return
         square = gradient.to(adapter_dtype(gradient)).nan_to_num(0, 0, 0).square()  # fp16 may overflow while it scales
         self.score = square if self.score is None else self.score.add_(square)
         seen = self.get_buffer("seen").add_(1)

@@ -292,7 +292,7 @@ def test_everything_injected_is_in_the_mode_of_its_host(net: Net, mode: bool) ->
 
 
 def test_an_adapter_without_a_weight_form_says_that_it_cannot_be_merged() -> None:
-    with pytest.raises(NotMergeableError, match="Scale cannot be merged"):
+    with pytest.raises(NotMergeableError, match="what it computes is no change"):
         Scale().merge({})
 
 

@@ -11,7 +11,7 @@ from placing import Place, Scale, ScaleWeight, ShiftWeight
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
-from lightning_peft import LoRA, active, active_adapters, disabled, inject, merge, merged
+from lightning_peft import IA3, LoRA, active, active_adapters, disabled, inject, merge, merged
 from lightning_peft.errors import AdapterNameError, NotMergeableError
 
 
@@ -125,7 +125,7 @@ def test_one_adapter_that_cannot_be_merged_keeps_all_from_being_written() -> Non
     net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     inject(net, Place(adapters={"0": partial(ScaleWeight, "weight"), "1": Scale}))
     before = Snapshot(net)
-    with pytest.raises(NotMergeableError, match="Scale cannot be merged"):
+    with pytest.raises(NotMergeableError, match="cannot be merged: what it computes is no change"):
         merge(net)
     before.assert_same(net)
 
@@ -229,3 +229,20 @@ def test_an_embedding_that_renormalises_its_rows_merges_to_the_same_or_is_refuse
     with suppress(NotMergeableError):
         merge(table)
     torch.testing.assert_close(table(ids), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_acts_on_the_output_of_another_adapter_is_not_merged_before_it() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    inject(model, LoRA(r=2, target_modules=["0"]), "first")
+    inject(model, IA3(target_modules=["0"]), "second")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter)) if parameter.requires_grad else None
+    x = torch.randn(3, 4)
+    expected = model(x)
+    with pytest.raises(NotMergeableError, match="IA3 on '0' cannot be merged: the adapter 'first' acts there before"):
+        merge(model, "second")
+    assert torch.equal(model(x), expected)
+    merge(model, "first")
+    merge(model, "second")
+    torch.testing.assert_close(model(x), expected)

@@ -8,8 +8,9 @@ from snapshot import Snapshot
 from torch import Tensor, nn
 
 from lightning_peft import BitFit, LinearProbe, LoRA, SelectiveTuning, inject, merge, report
+from lightning_peft.core.parameters import KINDS, BaseParameter, count, find_parameters
 from lightning_peft.core.saved import SavedParameters, TunedParameters
-from lightning_peft.core.selection import KINDS, BaseParameter, count, find_parameters, select_parameters, tune
+from lightning_peft.core.selection import select_parameters, tune
 from lightning_peft.errors import NotApplicableError
 
 IDS = torch.tensor([[5, 9, 7, 3], [8, 4, 6, 1]])
@@ -193,3 +194,12 @@ def test_a_lazy_layer_is_refused() -> None:
     with pytest.raises(NotApplicableError, match=r"'weight' has no values yet \(a lazy layer\)"):
         inject(model, LinearProbe(modules_to_save=["head"]))
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_a_weight_is_computed_from_is_refused() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2))
+    before = Snapshot(model)
+    with pytest.raises(NotApplicableError, match=r"'0\.parametrizations\.weight\.original0' only goes into a weight"):
+        inject(model, SelectiveTuning(target_modules=["0"]))
+    before.assert_same(model)
+    assert inject(model, SelectiveTuning(target_modules=["0"], exclude_modules=["parametrizations"])).trainable == 3

@@ -1,0 +1,94 @@
+"""The parameters of a base: their kinds, the layers they belong to, and the modules that read them."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.core.hosts import find_hosts
+from lightning_peft.core.norms import is_norm
+from lightning_peft.core.saved import readers
+
+KINDS = ("weight", "bias", "norm", "embedding")
+"""Matrices and kernels, bias vectors (those of norms too), all of a norm, tables. Some parameters are none of these."""
+COMPONENTS = ("norm", "embedding")
+"""Kinds that target patterns may use as words."""
+_BIAS = re.compile(r"(.*_)?bias(_.*)?")
+
+
+@dataclass(frozen=True, eq=False)
+class BaseParameter:
+    """One parameter of the base at one module that reads it, or the part of it that belongs to one layer."""
+
+    layer: str
+    """What target patterns match: ``encoder.0.self_attn.in_proj``."""
+    path: str
+    """Path of the module whose forward reads it: ``encoder.0.self_attn``."""
+    module: nn.Module
+    name: str
+    """Path of the parameter from that module: ``in_proj_bias``."""
+    tensor: nn.Parameter
+    kinds: frozenset[str]
+    part: tuple[int, int] | None = None
+    """First and last (exclusive) entry, where several layers share the parameter; None for all of it."""
+
+    @property
+    def full_name(self) -> str:
+        """The name under which the model has it."""
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+def find_parameters(model: nn.Module) -> list[BaseParameter]:
+    """Every parameter of the base at every module that reads it, in the order of the modules.
+
+    Raises:
+        NotApplicableError: a lazy layer has no weight yet.
+    """
+    layers: dict[tuple[str, str], list[tuple[str, int, int]]] = {}
+    for host in find_hosts(model):
+        layers.setdefault((host.path, host.parameter), []).append((host.name, 0, 0))
+        if host.bias:
+            end = host.bias_start + host.layout.out_features
+            layers.setdefault((host.path, host.bias), []).append((host.name, host.bias_start, end))
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    found: list[BaseParameter] = []
+    for path, module, names in readers(model):
+        for name in names:
+            owner, leaf = name.rpartition(".")[0], name.rpartition(".")[2]
+            tensor = module.get_submodule(owner)._parameters.get(leaf)
+            if tensor is None:  # a buffer
+                continue
+            kinds = _kinds(module, leaf, tensor, tables)
+            own = layers.get((path, name), [(".".join(part for part in (path, owner) if part), 0, 0)])
+            for layer, start, end in own:
+                part = (start, end) if len(own) > 1 else None
+                found.append(BaseParameter(layer, path, module, name, tensor, kinds, part))
+    return found
+
+
+def count(parameters: Iterable[BaseParameter]) -> int:
+    """How many numbers they hold; tied ones count once."""
+    sizes = {(id(p.tensor), p.part): p.part[1] - p.part[0] if p.part else p.tensor.numel() for p in parameters}
+    return sum(sizes.values())
+
+
+def outside(parameters: Iterable[BaseParameter], saved: Sequence[str]) -> list[BaseParameter]:
+    """Those of ``parameters`` that are not trained whole with one of the modules ``saved``."""
+    return [p for p in parameters if not inside(p.layer, saved)]
+
+
+def inside(name: str, paths: Iterable[str]) -> bool:
+    """Whether a module is one of those at ``paths``, or below one."""
+    return any(not path or f"{name}.".startswith(f"{path}.") for path in paths)
+
+
+def _kinds(module: nn.Module, leaf: str, tensor: nn.Parameter, tables: set[int]) -> frozenset[str]:
+    kinds = set()
+    if leaf == "bias" or (_BIAS.fullmatch(leaf) and tensor.dim() == 1):  # bias_k of an attention is a token
+        kinds.add("bias")
+    if is_norm(module):
+        kinds.add("norm")
+    if id(tensor) in tables:
+        kinds.add("embedding")
+    return frozenset(kinds or ({"weight"} if tensor.dim() > 1 else ()))
