@@ -90,8 +90,7 @@ class PEFTCLI(LightningCLI):
         methods = recorded_methods(checkpoint[RECORD]) if RECORD in checkpoint else {}
         method = methods.get(("", self.config[subcommand].peft.name))
         if method and given == default:
-            fields = method.to_config()
-            chosen = {"class_path": fields.pop("method"), "init_args": fields}
+            chosen = _as_class(method.to_config())
             self.config = self.parser.parse_object({subcommand: {"peft": {"method": chosen}}}, self.config)
 
     @override
@@ -111,6 +110,16 @@ class PEFTCLI(LightningCLI):
         if rows and all(isinstance(row, Mapping) for row in rows) and self.trainer.is_global_zero:
             rich.print(_table(rows))
         return predictions
+
+
+def _as_class(config: Any) -> Any:
+    """A method's config (and those inside it) as jsonargparse writes classes."""
+    if isinstance(config, list):
+        return [_as_class(item) for item in config]
+    if not (isinstance(config, dict) and "method" in config):
+        return config
+    fields = {name: _as_class(value) for name, value in config.items() if name != "method"}
+    return {"class_path": config["method"], "init_args": fields}
 
 
 def main(args: ArgsType = None) -> None:

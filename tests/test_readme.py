@@ -81,3 +81,11 @@ def test_the_yaml_blocks_parse(monkeypatch, capsys, tmp_path):
 def test_every_link_leads_somewhere():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_comparison_has_every_method_of_configs():
+    table = README.partition("<!-- comparison -->")[2].partition("<!-- /comparison -->")[0]
+    rows = re.findall(
+        r"^\| \[(\w+)\]\(configs/methods/\1\.yaml\) \| [\d,]+ \| \S+ \| (0\.\d{3}) \|$", table, re.MULTILINE
+    )
+    assert sorted(name for name, _ in rows) == sorted(path.stem for path in (ROOT / "configs/methods").glob("*.yaml"))

@@ -1,6 +1,5 @@
 """Folding an adapter into the base weights, for good or for a while."""
 
-import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -67,7 +66,7 @@ def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
         values = _Widened(before)
         changed: dict[str, Tensor] = {}
         try:
-            for adapter in adapters:
+            for adapter in _in_order(adapters):
                 _check_order(registry.slots[path], name, adapter)
                 changed.update(adapter.merge(values))
                 values.update(changed)
@@ -117,23 +116,36 @@ class _Widened(dict[str, Tensor]):
 
 
 def _check_order(slots: AdapterSlots, name: str, adapter: Adapter) -> None:
-    """Refuse to merge what acts on the result of another adapter: folded into the weights, it would act first."""
-    before = set(itertools.takewhile(lambda active: active != name, slots.active))
-    for slot, earlier in slots.named_children():
-        if adapter_name(slot) in before and isinstance(earlier, Adapter) and _depends(adapter, earlier):
-            other = adapter_name(slot)
+    """Refuse to merge what would then act before another adapter that it acts after, or the other way round."""
+    acting = [*slots.active, name]
+    for slot, other in slots.named_children():
+        if (owner := adapter_name(slot)) not in slots.active or owner == name or not isinstance(other, Adapter):
+            continue
+        if _depends(adapter, other, first=acting.index(owner) < acting.index(name)):
             raise NotMergeableError(
-                f"the adapter {other!r} acts there before it. Merge {other!r} first, or activate(model, {name!r})."
+                f"the adapter {owner!r} acts there too, and the order of the two would change. Merge {owner!r} first, "
+                f"or activate(model, {name!r})."
             )
 
 
-def _depends(adapter: Adapter, earlier: Adapter) -> bool:
-    """Whether ``adapter`` acts on what ``earlier`` has made."""
-    if adapter.additive and earlier.additive:
+def _depends(adapter: Adapter, other: Adapter, first: bool) -> bool:
+    """Whether folding ``adapter`` into the weights changes what it makes together with ``other`` (which acts first)."""
+    if adapter.additive and other.additive:
         return False
-    if isinstance(adapter, WeightAdapter) and isinstance(earlier, WeightAdapter):
-        return not set(adapter.names).isdisjoint(earlier.names)
-    return any(isinstance(adapter, kind) and isinstance(earlier, kind) for kind in (InputAdapter, OutputAdapter))
+    if isinstance(adapter, WeightAdapter) and isinstance(other, WeightAdapter):
+        return first and not set(adapter.names).isdisjoint(other.names)
+    if isinstance(adapter, InputAdapter):  # an output adapter reads what the input adapters have made
+        return isinstance(other, OutputAdapter) or (isinstance(other, InputAdapter) and not first)
+    return first and isinstance(adapter, OutputAdapter) and isinstance(other, OutputAdapter)
+
+
+def _in_order(adapters: list[Adapter]) -> list[Adapter]:
+    """The order in which to fold: the weights' own, what comes behind the host, then, backwards, what is before it."""
+    weights, outputs, inputs = (
+        [a for a in adapters if isinstance(a, kind)] for kind in (WeightAdapter, OutputAdapter, InputAdapter)
+    )
+    rest = [a for a in adapters if not isinstance(a, (WeightAdapter, OutputAdapter, InputAdapter))]
+    return [*weights, *outputs, *reversed(inputs), *rest]
 
 
 def _by_host(registry: Registry, name: str) -> dict[str, list[Adapter]]:

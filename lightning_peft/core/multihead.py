@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter
 from lightning_peft.core.slots import CHILD
 from lightning_peft.core.taps import Tap
+from lightning_peft.errors import ConfigError
 
 _ORDER = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 
@@ -26,6 +27,8 @@ class _Call:
     arguments: dict[str, Any]
     weights: dict[str, Tensor | None]
     prefixes: list[tuple[Tensor, Tensor]]
+    token: Tensor
+    """The query that the host gets meanwhile."""
 
 
 class PrefixedMultihead(InputAdapter):
@@ -37,25 +40,32 @@ class PrefixedMultihead(InputAdapter):
         tap: shared with a :class:`MultiheadOutput` on the same host, and with every other prefix there.
     """
 
+    innermost = True  # behind it, the host is called with one token
+
     def __init__(self, prefix: nn.Module, host: nn.MultiheadAttention, tap: Tap) -> None:
         super().__init__()
         self.prefix, self.tap = prefix, tap
         self._host = (host,)  # in a tuple: it stays the base's module, not one of this adapter
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if isinstance(self.tap.value, _Call):  # another prefix came first
-            self.tap.value.prefixes.append(self.prefix())
+        call = self.tap.value
+        if call is not None and kwargs.get("query") is call.token:  # another prefix came first
+            call.prefixes.append(self.prefix())
             return args, kwargs
         arguments = {**dict(zip(_ORDER, args, strict=False)), **kwargs}
+        if arguments.get("is_causal") and arguments.get("attn_mask") is None:
+            raise ConfigError("is_causal=True is a hint beside attn_mask, as in nn.MultiheadAttention: give the mask.")
         # Now, because what other adapters have put in place of the weights is taken away before outputs are adapted.
-        self.tap.value = _Call(arguments, _weights(self._host[0]), [self.prefix()])
         dim = self._host[0].batch_first and arguments["query"].dim() == 3
         one = {name: arguments[name].narrow(int(dim), 0, 1) for name in ("query", "key", "value")}
+        self.tap.value = _Call(arguments, _weights(self._host[0]), [self.prefix()], one["query"])
         return (), {**one, "need_weights": False}
 
 
 class MultiheadOutput(OutputAdapter):
     """Computes the call that :class:`PrefixedMultihead` put off: the first of them that of all prefixes."""
+
+    innermost = True
 
     def __init__(self, host: nn.MultiheadAttention, tap: Tap) -> None:
         super().__init__()

@@ -75,11 +75,11 @@ def place_prompt(
     crossing = pretrained.config.is_encoder_decoder
     reader = pretrained.get_encoder() if crossing else pretrained
     at = path_of(model, reader)
-    tables = [(table, free) for table, module in position_modules(reader) if (free := free_positions(module))]
-    for table, module in position_modules(reader):
+    tables = [(f"{at}.{table}" if at else table, module) for table, module in position_modules(reader)]
+    for table, module in tables:
         check_room(name, size, table, module)
     vectors, lengths, form = Tap(), Tap(), Tap()
-    room = min(((free, table) for table, free in tables), default=None)
+    room = min(((free, table) for table, module in tables if (free := free_positions(module))), default=None)
     placements = [
         Placement(at, PromptInput(prompt, size, reader, _placeholder(pretrained), vectors, lengths, room)),
         Placement(path_of(model, embedding_of(pretrained)), PromptEmbedding(prompt, size, vectors), "embedding"),

@@ -60,8 +60,10 @@ class AdapterSlots(nn.Module):
         """Let exactly the adapters ``names`` act, in that order."""
         self.active = names
         chosen = [a for name in names for slot, a in self._modules.items() if adapter_name(slot) == name]
-        self._before = tuple(a for a in chosen if isinstance(a, InputAdapter))
-        self._after = tuple(a for a in chosen if isinstance(a, OutputAdapter))
+        before = [a for a in chosen if isinstance(a, InputAdapter)]
+        after = [a for a in chosen if isinstance(a, OutputAdapter)]
+        self._before = tuple(sorted(before, key=lambda adapter: adapter.innermost))
+        self._after = tuple(sorted(after, key=lambda adapter: not adapter.innermost))
         self._weights = tuple(a for a in chosen if isinstance(a, WeightAdapter))
 
     def replaces(self, name: str) -> bool:

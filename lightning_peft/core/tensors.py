@@ -22,4 +22,7 @@ def first_output(output: Any) -> Any:
 
 def with_first_output(output: Any, value: Any) -> Any:
     """The same output with another tensor in its (first) place."""
-    return type(output)((value, *output[1:])) if isinstance(output, (tuple, list)) else value
+    if not isinstance(output, (tuple, list)):
+        return value
+    make = getattr(type(output), "_make", type(output))  # a named tuple takes its fields one by one
+    return make((value, *output[1:]))

@@ -209,7 +209,7 @@ class BottleneckAdapter(TargetedMethod):
             yield Placement(s.block, BottleneckOutput(s.block, f, width), part)
         else:
             tap = Tap()
-            yield Placement(s.norm if s.pre else s.source, Capture(tap), f"{part}x")
+            yield Placement(s.norm if s.pre and s.norm else s.source, Capture(tap), f"{part}x")
             yield Placement(s.output, BottleneckOutput(s.output, f, width, tap, reads == "sum"), part)
 
     def _bottleneck(self, width: Width, host: nn.Module, batch_dim: int = 0) -> "Bottleneck":

@@ -39,7 +39,8 @@ class LoRA(LayerMethod):
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
     gating: bool = False
-    """Whether a gate from the layer's input, from 0 to 1, scales the update (UniPELT); then it cannot be merged."""
+    """Whether a gate from the layer's input (batch, length, features), from 0 to 1, scales the update (UniPELT). Then
+    it cannot be merged."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks of layers whose name ends in the key (a suffix or a regular expression)."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)

@@ -11,7 +11,7 @@ where positions are absolute or rotary, as in the reference implementation.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -52,7 +52,7 @@ class PrefixTuning(Method):
     """Hidden features of that MLP, at least 1."""
     init_std: float = 0.02
     """Standard deviation of keys and values at the start (of the MLP's input: 1), at least 0."""
-    places: tuple[str, ...] | list[str] = _PLACES
+    places: list[str] = field(default_factory=lambda: list(_PLACES))
     """Of an encoder-decoder model, which attentions: any of "encoder", "decoder" (to itself), "cross" (to the encoder).
     peft knows "decoder" alone. Other models have one kind."""
     gating: bool = False

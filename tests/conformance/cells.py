@@ -49,8 +49,14 @@ class Cell:
 
     def without_saved_modules(self) -> Method:
         """The method without ``modules_to_save``, whose effect would hide that of the adapters."""
-        named = "modules_to_save" in {f.name for f in fields(self.method)}  # type: ignore[arg-type]
-        return replace(self.method, modules_to_save=None) if named else self.method  # type: ignore[type-var]
+        if "modules_to_save" not in self.method.field_names():
+            return self.method
+        method = replace(self.method, modules_to_save=None)  # type: ignore[type-var]
+        try:
+            method.plan(self.host.network(), [])
+        except NotApplicableError:  # what it trains whole is all that it does
+            return self.method
+        return method
 
     def run(self, model: Callable[..., Any], dtype: torch.dtype | None = None) -> Tensor:
         """The model's output for the example, whose floating-point inputs are cast to ``dtype``."""

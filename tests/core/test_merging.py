@@ -240,7 +240,7 @@ def test_what_acts_on_the_output_of_another_adapter_is_not_merged_before_it() ->
             parameter.add_(0.3 * torch.randn_like(parameter)) if parameter.requires_grad else None
     x = torch.randn(3, 4)
     expected = model(x)
-    with pytest.raises(NotMergeableError, match="IA3 on '0' cannot be merged: the adapter 'first' acts there before"):
+    with pytest.raises(NotMergeableError, match="IA3 on '0' cannot be merged: the adapter 'first' acts there too"):
         merge(model, "second")
     assert torch.equal(model(x), expected)
     merge(model, "first")

@@ -231,26 +231,32 @@ def test_a_network_without_blocks_has_none() -> None:
 
 
 def olmo2() -> nn.Module:
+    """The norms are at the end of each sublayer: x + LN(h)."""
     return hf.Olmo2Model(hf.Olmo2Config(**SIZES))
 
 
 def glm4() -> nn.Module:
+    """The norms are defined in another order than that of their use."""
     return hf.Glm4Model(hf.Glm4Config(**SIZES, num_key_value_heads=1, head_dim=8))
 
 
 def gpt2_cross() -> nn.Module:
+    """So are these."""
     return tiny_models.gpt2(hf.GPT2Model, add_cross_attention=True)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        pytest.param(olmo2, marks=pytest.mark.xfail(strict=True, reason="x + LN(h) is taken for LN(x + h)")),
-        pytest.param(glm4, marks=pytest.mark.xfail(strict=True, reason="norms are defined in another order than used")),
-        pytest.param(gpt2_cross, marks=pytest.mark.xfail(strict=True, reason="the same")),
-    ],
-)
-def test_what_the_order_of_definition_does_not_tell(build: Callable[[], nn.Module]) -> None:
+def albert() -> nn.Module:
+    """The attention's norm is beside the projections; one block is all layers."""
+    return hf.AlbertModel(hf.AlbertConfig(**SIZES, embedding_size=8, hidden_dropout_prob=0.0))
+
+
+def modernbert() -> nn.Module:
+    """The first layer's attention has no norm."""
+    return hf.ModernBertModel(hf.ModernBertConfig(**SIZES, bos_token_id=1, eos_token_id=2))
+
+
+@pytest.mark.parametrize("build", [olmo2, glm4, gpt2_cross, albert, modernbert])
+def test_the_order_of_definition_is_not_what_counts(build: Callable[[], nn.Module]) -> None:
     model = build()
     inputs = {**_tokens(), **({"encoder_hidden_states": torch.randn(2, 3, D)} if build is gpt2_cross else {})}
     assert_adds_up(model, lambda: model(**inputs))

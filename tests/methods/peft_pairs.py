@@ -15,7 +15,6 @@ from peft import TaskType
 from torch import Tensor, nn
 
 from lightning_peft import IA3, LoRA, PrefixTuning, PromptTuning, PTuning, inject
-from lightning_peft.core.method import Method
 from lightning_peft.core.slots import named_slots
 from lightning_peft.methods.p_tuning import EncodedPrompt
 from lightning_peft.methods.prefix_tuning import Prefix, Trunk

@@ -1,5 +1,6 @@
 """Selective tuning: which parameters are chosen, and that they train as they would in plain torch."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lightning_peft import (
     remove,
 )
 from lightning_peft.core.checkpoint import adapter_state
-from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
+from lightning_peft.errors import ConfigError, NotApplicableError, NotMergeableError, TargetError
 
 IDS = torch.tensor([[5, 9, 7, 3], [8, 4, 6, 1]])
 BLOCK = 4 * (16 * 16 + 16) + 2 * 16 * 24 + 24 + 16 + 4 * 16
@@ -387,6 +388,19 @@ def test_rows_train_as_those_of_the_table_itself(case: str) -> None:
     assert all(model.get_parameter(n) is model.get_parameter(name) for n in tied)
 
 
+@pytest.mark.parametrize("fields", [{}, {"padding_idx": 4}, {"scale_grad_by_freq": True}, {"max_norm": 0.7}])
+def test_the_gradient_of_a_row_is_that_of_the_table(fields: dict[str, Any]) -> None:
+    ids = torch.tensor([[4, 4, 4, 9], [9, 1, 2, 4]])
+    model = Bag(**fields)
+    expected = copy.deepcopy(model)
+    expected(ids).square().sum().backward()
+    inject(model, SelectiveTuning(token_ids=[9, 4, 7]))
+    model(ids).square().sum().backward()
+    found = model.table.peft.get_submodule("default:weight").values.grad
+    torch.testing.assert_close(found, expected.table.weight.grad[[4, 7, 9]])
+    assert found.any(1).tolist() == ["padding_idx" not in fields, False, True]
+
+
 def test_a_table_is_not_copied_in_the_forward_pass() -> None:
     """Only what is looked up, and what is scored, is made: tables of language models have gigabytes."""
     model = tiny_models.llama(vocab_size=5000).eval()
@@ -404,6 +418,14 @@ def test_other_fields_choose_further_parameters() -> None:
     assert report.trainable == 16 + 2 * 16 * 16
     model = tiny_models.llama(tie_word_embeddings=False)
     assert inject(model, SelectiveTuning(token_ids=[3], parameter_types=["norm"])).trainable == 16 + 5 * 16
+
+
+def test_rows_train_at_one_place_where_the_other_is_excluded() -> None:
+    model = tiny_models.llama()
+    report = inject(model, SelectiveTuning(token_ids=[3, 7], exclude_modules=["lm_head"]))
+    assert [(row.host, row.trainable) for row in report.hosts] == [("model.embed_tokens", 32)]
+    with pytest.raises(NotMergeableError, match=r"'model\.embed_tokens\.weight' is tied to 'lm_head\.weight'"):
+        merge(model)
 
 
 def test_the_table_of_a_plain_network_is_named_or_the_only_one() -> None:

@@ -222,10 +222,25 @@ def test_a_whole_model_may_be_recomputed() -> None:
 def test_gradients_that_are_not_finite_do_not_spoil_the_scores() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2))
     inject(model, SelectiveTuning(target_modules=["0"], density=0.5, score="fisher", score_batches=2))
-    gradient = torch.tensor([[1.0, 0.5, 0.2], [0.1, 3.0, 2.0]])
-    for factor in (1.0, float("inf")):
-        (model[0](torch.eye(3)) * gradient.T).sum().mul(factor).backward()
+    for gradient in ([[1.0, 0.5, 0.2], [0.1, 3.0, 2.0]], [[1.0, float("nan"), 0.2], [float("inf"), 3.0, 2.0]]):
+        (model[0](torch.eye(3)) * torch.tensor(gradient).T).sum().backward()
     assert model[0].peft.get_submodule("default:weight").index.tolist() == [0, 4, 5]
+
+
+def test_a_layer_that_runs_twice_in_a_pass_is_scored_twice() -> None:
+    shared = nn.Linear(3, 3, bias=False)
+    model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(3, 2))
+    inject(model, SelectiveTuning(target_modules=["0"], density=0.5, score="fisher", score_batches=3))
+    adapter = shared.peft.get_submodule("default:weight")
+    x = torch.randn(4, 3)
+    for seen in (2, 3):
+        model(x).square().sum().backward()
+        assert adapter.seen == seen
+    start = shared.weight.detach().flatten()[adapter.index]
+    assert_identical(adapter.values.detach(), start)
+    model(x).square().sum().backward()
+    assert adapter.seen == 3
+    assert adapter.values.grad.any()
 
 
 def test_beside_a_bf16_base_scores_and_values_are_fp32() -> None:
@@ -307,7 +322,11 @@ dist.destroy_process_group()
 def test_processes_that_train_together_pick_the_same_entries(tmp_path: Path) -> None:
     command = [sys.executable, "-c", RANK]
     ranks = [subprocess.Popen([*command, str(i), str(tmp_path / "store"), str(tmp_path / "state")]) for i in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    try:
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
     first, second = (torch.load(tmp_path / f"state.{i}", weights_only=True) for i in range(2))
     assert first["0.peft.default:weight.seen"] == 2
     for key, tensor in first.items():
