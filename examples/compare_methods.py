@@ -2,12 +2,12 @@
 
 all-MiniLM-L6-v2, 2,000 film-review sentences, two epochs, one seed; accuracy on 1,000 other sentences, whose standard
 error is 0.01. Each method runs as the first line of its file in configs/methods says. Names of files choose:
-`python examples/compare_methods.py lora ia3`. With --write the table goes into the README.
+`python examples/compare_methods.py lora ia3`; earlier results stay in the table. With --write it goes into the README.
 """
 
 import contextlib
 import io
-import re
+import json
 import shlex
 import sys
 import time
@@ -24,49 +24,49 @@ ROOT = Path(__file__).parents[1]
 TASK = """
     --model.init_args.model {model} --data.init_args.tokenizer {model} --data.init_args.path {sentences}
     --data.init_args.validation_split 6171 --data.init_args.test_split 1000
-    --data.init_args.max_length 48 --data.init_args.batch_size 16
+    --data.init_args.max_length 64 --data.init_args.batch_size 16
     --trainer.max_epochs 2 --trainer.limit_val_batches 0 --trainer.callbacks null --trainer.logger false
     --trainer.enable_checkpointing false --trainer.enable_progress_bar false --peft.show false
 """
-Row = tuple[str, int, float, float, int]  # file, parameters that train, learning rate, accuracy, seconds
+RESULTS = ROOT / "checkpoints/compare"
 
 
-def run(config: Path) -> Row:
+def run(config: Path) -> dict[str, float]:
     """Train and test the method of one file as its first line says, on the small task."""
     command = shlex.split(config.read_text().splitlines()[0].lstrip("# "))[1:]
     task = shlex.split(TASK.format(model=model_dir(), sentences=movie_sentences()))
     sys.argv = sys.argv[:1]
     began = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
-        cli = PEFTCLI([*command, *task])
+        cli = PEFTCLI([*command, *task], save_config_callback=None)
         seconds = time.monotonic() - began
         accuracy = cli.trainer.test(cli.model, cli.datamodule, verbose=False)[0]["test_accuracy"]
     trained = sum(p.numel() for p in cli.model.parameters() if p.requires_grad)
-    return config.stem, trained, cli.model.lr, accuracy, round(seconds)
-
-
-def markdown(rows: list[Row]) -> str:
-    lines = ["| method | trained | learning rate | accuracy |", "|---|---:|---:|---:|"]
-    for name, trained, lr, accuracy, _ in sorted(rows, key=lambda row: -row[3]):
-        lines.append(f"| [{name}](configs/methods/{name}.yaml) | {trained:,} | {lr:g} | {accuracy:.3f} |")
-    return "\n".join(lines)
+    return {"trained": trained, "lr": cli.model.lr, "accuracy": accuracy, "seconds": round(seconds)}
 
 
 def main(names: list[str], write: bool) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
     files = sorted((ROOT / "configs/methods").glob("*.yaml"))
-    rows: list[Row] = []
     for file in files:
-        if not names or file.stem in names:
-            rows.append(run(file))
-            print(f"{file.stem:20} {rows[-1][3]:.3f}", flush=True)
+        if file.stem in names or not names:
+            result = run(file)
+            (RESULTS / f"{file.stem}.json").write_text(json.dumps(result))
+            print(f"{file.stem:20} {result['accuracy']:.3f}", flush=True)
+    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    ranked = sorted(results.items(), key=lambda item: -item[1]["accuracy"])
     table = Table("method", "trained", "learning rate", "accuracy", "seconds", title="2,000 sentences, 2 epochs")
-    for row in sorted(rows, key=lambda row: -row[3]):
-        table.add_row(row[0], f"{row[1]:,}", f"{row[2]:g}", f"{row[3]:.3f}", str(row[4]))
+    lines = ["| method | trained | learning rate | accuracy |", "|---|---:|---:|---:|"]
+    for name, row in ranked:
+        shown = f"{row['trained']:,}", f"{row['lr']:g}", f"{row['accuracy']:.3f}"
+        table.add_row(name, *shown, str(row["seconds"]))
+        lines.append(f"| [{name}](configs/methods/{name}.yaml) | {' | '.join(shown)} |")
     rich.print(table)
     if write:
         readme = ROOT / "README.md"
-        parts = re.split(r"(?<=<!-- comparison -->\n)|(?=<!-- /comparison -->)", readme.read_text())
-        readme.write_text(f"{parts[0]}{markdown(rows)}\n{parts[2]}")
+        before, _, rest = readme.read_text().partition("<!-- comparison -->\n")
+        after = rest.partition("<!-- /comparison -->")[2]
+        readme.write_text("\n".join([f"{before}<!-- comparison -->", *lines, f"<!-- /comparison -->{after}"]))
 
 
 if __name__ == "__main__":

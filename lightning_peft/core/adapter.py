@@ -17,8 +17,8 @@ class Adapter(nn.Module):
 
     additive: bool = False
     """Whether it adds something that does not depend on what other adapters of its host have made of the output."""
-    innermost: bool = False
-    """Whether it acts next to the host: after every other adapter before it, and before every other after it."""
+    depth: int = 0
+    """How near to the host it acts among several: the higher, the later before the host, and the sooner after it."""
     trains: frozenset[str] = frozenset()
     """Names of the parameters that train, noted when the adapter is attached; the others stay as they were made."""
 

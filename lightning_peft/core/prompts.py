@@ -7,13 +7,13 @@ the caller has sent.
 
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter
+from lightning_peft.core.cropping import EncoderCrop, NamedOutput, PlainOutput, PromptCrop
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.method import Placement
 from lightning_peft.core.positions import check_room, free_positions, position_modules
@@ -22,10 +22,7 @@ from lightning_peft.core.taps import Tap
 from lightning_peft.errors import ConfigError, NotApplicableError
 
 _IGNORED = -100  # the label that transformers' losses leave out
-_SEQUENCES = ("last_hidden_state", "hidden_states", "logits", "prediction_logits")  # (..., length, features)
-_SPANS = ("start_logits", "end_logits")  # (batch, length)
 _PLACES = ("start_positions", "end_positions", "mc_token_ids")  # arguments that count tokens from the first one
-_Kept = Callable[[int], int]  # of so many tokens, how many stay
 
 
 def token_models(name: str, model: nn.Module) -> list[tuple[str, Any]]:
@@ -78,19 +75,20 @@ def place_prompt(
     tables = [(f"{at}.{table}" if at else table, module) for table, module in position_modules(reader)]
     for table, module in tables:
         check_room(name, size, table, module)
-    vectors, lengths, form = Tap(), Tap(), Tap()
+    vectors, lengths, plain = Tap(), Tap(), Tap()
     room = min(((free, table) for table, module in tables if (free := free_positions(module))), default=None)
     placements = [
         Placement(at, PromptInput(prompt, size, reader, _placeholder(pretrained), vectors, lengths, room)),
         Placement(path_of(model, embedding_of(pretrained)), PromptEmbedding(prompt, size, vectors), "embedding"),
-        Placement(path, NamedOutput(pretrained, form), "names"),
+        Placement(path, NamedOutput(pretrained, plain), "names"),
+        Placement(path, PlainOutput(plain), "plain"),
     ]
     if crossing:
         decoder = pretrained.get_decoder()
         placements.append(Placement(path_of(model, decoder), CrossMask(size, decoder), "mask"))
-        placements.append(Placement(path, EncoderCrop(size, form), "crop"))
+        placements.append(Placement(path, EncoderCrop(size), "crop"))
     else:
-        placements.append(Placement(path, PromptCrop(lengths, form), "crop"))
+        placements.append(Placement(path, PromptCrop(lengths), "crop"))
     return placements
 
 
@@ -206,6 +204,8 @@ class PromptInput(InputAdapter):
 class PromptEmbedding(OutputAdapter):
     """Puts the vectors where the placeholders were."""
 
+    depth = -1  # behind every other adapter of the embedding: the vectors are learned as they are
+
     def __init__(self, prompt: nn.Module, size: int, vectors: Tap) -> None:
         super().__init__()
         self._prompt = (prompt,)  # in a tuple: it belongs to the other adapter
@@ -223,63 +223,6 @@ class PromptEmbedding(OutputAdapter):
             )
         vectors = self._prompt[0]().to(y.dtype).expand(*y.shape[:-2], -1, -1)
         return torch.cat([y[..., :start, :], vectors, y[..., start + self.size :, :]], -2)
-
-
-class _Plain:
-    """Stands for ``return_dict=False`` while the model puts out a dict; the last of several prompts undoes that."""
-
-    last: Tap
-
-
-class NamedOutput(InputAdapter):
-    """Asks the model for outputs by name, also where the caller wants a plain tuple: only names tell what to crop."""
-
-    def __init__(self, pretrained: Any, form: Tap) -> None:
-        super().__init__()
-        self._pretrained = (pretrained,)  # in a tuple: it stays the base's module, not one of this adapter
-        self.form = form
-        self.order = list(inspect.signature(pretrained.forward).parameters)
-
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = {**dict(zip(self.order, args, strict=False)), **kwargs}
-        wanted = call.get("return_dict")
-        wanted = self._pretrained[0].config.return_dict if wanted is None else wanted
-        if wanted is False:
-            wanted = call["return_dict"] = _Plain()  # true in every condition
-        self.form.value = wanted if isinstance(wanted, _Plain) else None
-        if self.form.value is not None:
-            self.form.value.last = self.form
-            return (), call
-        return args, kwargs
-
-
-class PromptCrop(OutputAdapter):
-    """Cuts what the model puts out for each token to the tokens that were sent."""
-
-    def __init__(self, lengths: Tap, form: Tap) -> None:
-        super().__init__()
-        self.lengths, self.form = lengths, form
-
-    def forward(self, x: Any, y: Any) -> Any:
-        lengths = self.lengths.take()
-        if lengths is not None:
-            new, total = lengths
-            y = _crop(y, lambda size: min(size, new), lambda size: min(size, total))
-        return _formed(y, self.form)
-
-
-class EncoderCrop(OutputAdapter):
-    """Cuts what an encoder-decoder model hands out of its encoder by the virtual tokens."""
-
-    def __init__(self, size: int, form: Tap) -> None:
-        super().__init__()
-        self.size, self.form = size, form
-
-    def forward(self, x: Any, y: Any) -> Any:
-        return _formed(_crop(y, self._text, self._text, "encoder_"), self.form)
-
-    def _text(self, size: int) -> int:
-        return size - self.size
 
 
 class CrossMask(InputAdapter):
@@ -324,47 +267,3 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
     """The path of a module in ``model``."""
     paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
     return paths[id(wanted)]
-
-
-def _crop(output: Any, queries: _Kept, keys: _Kept, prefix: str = "") -> Any:
-    """``output`` with the last part alone of whatever has a place for each token.
-
-    Args:
-        output: of a transformers model. What is none of those has no names, and stays as it is.
-        queries: how many of so many tokens stay.
-        keys: the same for the tokens that are attended to.
-        prefix: what names begin with, the others are left alone; but the encoder is also what a decoder attends to.
-    """
-    if not isinstance(output, dict):  # every ModelOutput is one
-        return output
-    fields = {}
-    for name, value in output.items():
-        kind = name.removeprefix(prefix) if name.startswith(prefix) else name if name == "cross_attentions" else ""
-        fields[name] = _cropped(value, kind, queries, keys)
-    return type(output)(**fields)
-
-
-def _cropped(value: Any, kind: str, queries: _Kept, keys: _Kept) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_cropped(item, kind, queries, keys) for item in value)
-    if not isinstance(value, Tensor):
-        return value
-    if kind in _SEQUENCES and value.dim() >= 3:
-        return _last(value, -2, queries)
-    if kind in _SPANS:
-        return _last(value, -1, queries)
-    if kind == "attentions":
-        return _last(_last(value, -2, queries), -1, keys)
-    return _last(value, -1, keys) if kind == "cross_attentions" else value
-
-
-def _last(x: Tensor, dim: int, kept: _Kept) -> Tensor:
-    """The last part of ``x``, contiguous as what the model put out, which callers may ``view`` in another shape."""
-    size = x.shape[dim]
-    return x.narrow(dim, size - kept(size), kept(size)).contiguous()
-
-
-def _formed(output: Any, form: Tap) -> Any:
-    """``output`` as the caller wanted it."""
-    plain = form.take()
-    return output.to_tuple() if plain is not None and plain.last is form and hasattr(output, "to_tuple") else output

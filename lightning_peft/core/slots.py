@@ -62,8 +62,8 @@ class AdapterSlots(nn.Module):
         chosen = [a for name in names for slot, a in self._modules.items() if adapter_name(slot) == name]
         before = [a for a in chosen if isinstance(a, InputAdapter)]
         after = [a for a in chosen if isinstance(a, OutputAdapter)]
-        self._before = tuple(sorted(before, key=lambda adapter: adapter.innermost))
-        self._after = tuple(sorted(after, key=lambda adapter: not adapter.innermost))
+        self._before = tuple(sorted(before, key=lambda adapter: adapter.depth))
+        self._after = tuple(sorted(after, key=lambda adapter: -adapter.depth))
         self._weights = tuple(a for a in chosen if isinstance(a, WeightAdapter))
 
     def replaces(self, name: str) -> bool:

@@ -21,9 +21,11 @@ from lightning_peft.core.blocks import find_blocks
 from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, Layout, find_hosts
 from lightning_peft.core.method import Placement, Plan, TargetedMethod
 from lightning_peft.core.roles import find_roles
-from lightning_peft.core.targets import narrow, select_hosts
+from lightning_peft.core.targets import each_pattern, narrow, select_hosts
 from lightning_peft.core.tensors import first_input, with_first_input
 from lightning_peft.errors import NotApplicableError, TargetError
+
+_BY_HEAD = {"query_key_value"}  # what GPT-NeoX, BLOOM and Falcon call a layer with the three of each head side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +55,31 @@ class IA3(TargetedMethod):
         if self.target_modules is not None:
             chosen = select_hosts(model, self.target_modules, self.exclude_modules, self.layers, saved)
         else:
+            if mixed := next((name for name in roles["fused"] if name.rpartition(".")[2] in _BY_HEAD), None):
+                raise NotApplicableError(
+                    f"IA3 cannot tell keys and values in '{mixed}', which holds query, key and value head by head. "
+                    f"Name it to rescale all three: target_modules=[{mixed.rpartition('.')[2]!r}, 'ffn-output']."
+                )
             queries = _fused_queries(hosts, roles["fused"])
             wanted = roles["key"] | roles["value"] | roles["ffn-output"] | roles["fused"]
             if not roles["attention"]:
                 raise NotApplicableError(
                     f"IA3 finds no attention in {type(model).__name__}. Name layers to rescale: target_modules=[...]."
                 )
-            names = narrow(wanted, [host.name for host in hosts], self.exclude_modules, self.layers, roles)
-            chosen = [host for host in hosts if host.name in names]
+            left = narrow(wanted, [host.name for host in hosts], self.exclude_modules, self.layers, roles)
+            chosen = [host for host in hosts if host.name in left]
             feedforward = sorted(roles["ffn-output"]) if feedforward is None else feedforward
+        names = {host.name for host in chosen}
+        choice = f"exclude_modules={self.exclude_modules!r} and layers={self.layers!r}"
+        if not names:
+            raise TargetError(f"IA3: {choice} leave no layer to rescale.")
+        for pattern in each_pattern(self.feedforward_modules):
+            if _named(model, pattern).isdisjoint(names):
+                raise TargetError(
+                    f"IA3: target_modules={self.target_modules!r}, {choice} leave {len(names)} layers, none of them "
+                    f"one of feedforward_modules={pattern!r}: name it in target_modules too."
+                )
         scaled_inputs = _named(model, feedforward)
-        if not chosen or (self.feedforward_modules and scaled_inputs.isdisjoint(host.name for host in chosen)):
-            raise TargetError(
-                f"IA3: target_modules={self.target_modules!r}, exclude_modules={self.exclude_modules!r} and "
-                f"layers={self.layers!r} leave {len(chosen)} layers, none of them one of "
-                f"feedforward_modules={feedforward!r}: name it in target_modules too."
-            )
         return Plan(
             [Placement(h.path, self._build(h, h.name in scaled_inputs, queries.get(h.name, 0)), h.part) for h in chosen]
         )

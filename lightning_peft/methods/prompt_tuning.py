@@ -51,7 +51,8 @@ class PromptTuning(Method):
             if not isinstance(getattr(self, name), (str, type(None))):
                 raise self.invalid(name, "a string, or None")
         self.check_patterns("modules_to_save")
-        if (self.init == "text") != bool(self.init_text and self.tokenizer):
+        given = [bool(self.init_text), bool(self.tokenizer)]
+        if not all(given) if self.init == "text" else any(given):
             raise ConfigError(
                 f"PromptTuning: init={self.init!r} with init_text={self.init_text!r} and tokenizer={self.tokenizer!r}: "
                 "init='text' needs both, the others take neither."

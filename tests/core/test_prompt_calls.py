@@ -10,7 +10,7 @@ from core.prompted import TOKENS, VIRTUAL, Batch, Build, prompted, text
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
-from lightning_peft import PromptTuning, PTuning, active, disabled, inject, remove
+from lightning_peft import LoRA, PromptTuning, PTuning, active, disabled, inject, remove
 from lightning_peft.core.prompts import PromptEmbedding, PromptInput
 from lightning_peft.errors import ConfigError, NotApplicableError
 
@@ -89,6 +89,23 @@ def test_the_first_of_two_prompts_stands_next_to_the_text() -> None:
     remove(model, "a")
     expected = base(inputs_embeds=torch.cat([b, embedded], 1)).logits[:, -6:]
     torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ["prompt", "lora"],
+        ["lora", "prompt"],
+    ],
+)
+def test_an_adapter_of_the_embedding_leaves_the_vectors_alone(order: list[str]) -> None:
+    model = tiny_models.gpt2().eval()
+    methods = {"prompt": PromptTuning(num_virtual_tokens=VIRTUAL), "lora": LoRA(r=2, target_modules=["wte"])}
+    for name in order:
+        inject(model, methods[name], name)
+    nn.init.normal_(model.transformer.wte.peft.lora.lora_A)
+    embedded = model.transformer.wte(IDS)
+    torch.testing.assert_close(model(IDS).logits, model(inputs_embeds=embedded).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_config_that_asks_for_tuples() -> None:

@@ -69,3 +69,10 @@ def test_the_quickstart_in_python_trains_loads_and_predicts(workplace):
     shown = python("examples/quickstart.py", "1", folder=workplace, timeout=1200)
     assert "'label': 'positive'" in shown
     assert (workplace / "checkpoints/python/sentiment.ckpt").stat().st_size < 2e6
+
+
+@pytest.mark.slow
+def test_a_method_of_configs_learns_the_small_task(workplace):
+    shown = python("examples/compare_methods.py", "ia3", folder=workplace, timeout=1200)
+    assert float(re.search(r"^ia3 +(0\.\d+)", shown, re.MULTILINE)[1]) >= 0.8
+    assert "2,000 sentences" in shown
