@@ -74,6 +74,16 @@ def test_fit_test_and_predict_from_the_adapter_checkpoint(config, tmp_path, caps
     assert "8 of 8 predictions" in capsys.readouterr().out
 
 
+def test_a_method_made_of_methods_is_taken_from_the_checkpoint(config, tmp_path, capsys):
+    parts = [{"class_path": "IA3"}, {"class_path": "PromptTuning", "init_args": {"num_virtual_tokens": 3}}]
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump({"class_path": "Combine", "init_args": {"methods": parts}}))
+    run("fit", "--config", config, "--peft.method", tmp_path / "both.yaml")
+    tested = run("test", "--config", config, "--ckpt_path", tmp_path / "out/task.ckpt")
+    keys = [key for key in tested.model.state_dict() if ".peft." in key]
+    assert any(key.endswith("default:0.ia3_l") for key in keys)
+    assert sum("embedding" in key and "default:1" in key for key in keys) == 1
+
+
 def test_the_method_may_be_named_or_come_from_a_file_or_be_null(config, tmp_path):
     (tmp_path / "method.yaml").write_text("class_path: LoRA\ninit_args: {r: 3, target_modules: [query, value]}\n")
     named = run("fit", "--config", config, "--peft.method", "LoRA", "--peft.method.r", 4, "--trainer.fast_dev_run", 1)
