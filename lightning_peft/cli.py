@@ -37,6 +37,16 @@ class PEFTArgumentParser(LightningArgumentParser):
     """A parser whose complaints fit on a screen: the sixty options are left to ``--help``."""
 
     @override
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        # To name a method is to start from its own defaults: jsonargparse would keep what the last one was given
+        # where the names of fields agree. Null in between makes it forget.
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, (list, tuple)):
+            names = re.compile(r"--peft\.method(=.*)?")
+            args = [a for arg in given for a in (["--peft.method=null", arg] if names.fullmatch(str(arg)) else [arg])]
+        return super().parse_args(args, *rest, **kwargs)
+
+    @override
     def print_usage(self, file: Any = None) -> None:
         prog = self.prog.replace(" [options]", "")
         print(f"usage: {prog} [--config FILE] [--OPTION VALUE ...]", file=file)
@@ -54,7 +64,8 @@ class PEFTArgumentParser(LightningArgumentParser):
 class PEFTCLI(LightningCLI):
     """LightningCLI for any LightningModule and LightningDataModule, with a :class:`PEFTCallback` under ``--peft``.
 
-    ``--peft.method LoRA --peft.method.r 4`` chooses a method, ``--peft.method null`` trains the whole model. With
+    ``--peft.method LoRA --peft.method.r 4`` chooses a method, with its defaults where nothing is said (a field alone,
+    ``--peft.method.r 4``, changes the configured one); ``--peft.method null`` trains the whole model. With
     ``--ckpt_path`` the method is taken from the checkpoint unless one is given. ``--optimizer`` and ``--lr_scheduler``
     replace the module's own, over the parameters that train.
     """

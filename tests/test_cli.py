@@ -74,6 +74,27 @@ def test_fit_test_and_predict_from_the_adapter_checkpoint(config, tmp_path, caps
     assert "8 of 8 predictions" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("named", ["argument", "file", "config"])
+def test_another_method_starts_from_its_own_defaults(config, tmp_path, capsys, named):
+    settings = yaml.safe_load(config.read_text())
+    fields = {"r": 3, "target_modules": "all-linear", "layers": [-1], "dropout": 0.5}
+    settings["peft"] = {"method": {"class_path": "LoRA", "init_args": fields}}
+    other = {"class_path": "BottleneckAdapter", "init_args": {"preset": "pfeiffer"}}
+    arguments = ["--peft.method", "BottleneckAdapter", "--peft.method.preset", "pfeiffer"]
+    if named == "file":
+        (tmp_path / "method.yaml").write_text(yaml.safe_dump(other))
+        arguments = [f"--peft.method={tmp_path}/method.yaml"]
+    if named == "config":  # over the default, LoRA
+        settings["peft"], arguments = {"method": other}, []
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit):
+        run("fit", "--config", tmp_path / "other.yaml", *arguments, "--print_config")
+    method = yaml.safe_load(capsys.readouterr().out)["peft"]["method"]["init_args"]
+    assert method["preset"] == "pfeiffer"
+    assert method["target_modules"] is method["layers"] is None
+    assert method["dropout"] == 0.0
+
+
 def test_a_method_made_of_methods_is_taken_from_the_checkpoint(config, tmp_path, capsys):
     parts = [{"class_path": "IA3"}, {"class_path": "PromptTuning", "init_args": {"num_virtual_tokens": 3}}]
     (tmp_path / "both.yaml").write_text(yaml.safe_dump({"class_path": "Combine", "init_args": {"methods": parts}}))

@@ -151,14 +151,16 @@ class TargetedMethod(Method):
 class LayerMethod(TargetedMethod):
     """A method that puts one adapter on each chosen layer."""
 
-    target_modules: list[str] | str = ALL_LINEAR
-    """Layers to adapt: "all-linear" (every linear layer but the task head), a list of name suffixes and roles, or one
-    regular expression for whole names. Roles: attention, query, key, value, attention-output, ffn, ffn-output."""
+    target_modules: list[str] | str | None = None
+    """Layers to adapt: "all-linear" (every linear layer but the task head; None means the same), a list of name
+    suffixes and roles, or one regular expression for whole names. Roles: attention, query, key, value,
+    attention-output, ffn, ffn-output."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.target_modules is None:
-            raise self.invalid("target_modules", "a non-empty string or a list of them")
+            # Not as the default: jsonargparse hands values of one class on to the next, where it would mean something.
+            object.__setattr__(self, "target_modules", ALL_LINEAR)
 
     @abstractmethod
     def build(self, host: Host) -> Adapter:
@@ -171,7 +173,7 @@ class LayerMethod(TargetedMethod):
 
     def select(self, model: nn.Module, saved: Sequence[str]) -> list[Host]:
         """Choose the hosts. Override to check fields that speak of the chosen hosts."""
-        return select_hosts(model, self.target_modules, self.exclude_modules, self.layers, saved)
+        return select_hosts(model, self.target_modules or ALL_LINEAR, self.exclude_modules, self.layers, saved)
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
         placements, left_out, refusal = [], [], None
