@@ -2,6 +2,7 @@
 
 from lightning_peft import methods
 from lightning_peft.core.activation import activate, active, active_adapters, disabled
+from lightning_peft.core.ejection import eject
 from lightning_peft.core.injection import inject, remove
 from lightning_peft.core.merging import merge, merged
 from lightning_peft.core.method import Method
@@ -22,6 +23,7 @@ __all__ = [
     "active",
     "active_adapters",
     "disabled",
+    "eject",
     "inject",
     "load_from_checkpoint",
     "merge",

@@ -42,6 +42,14 @@ class Adapter(nn.Module):
         """
         raise NotMergeableError("what it computes is no change of its host's weights. Keep it as an adapter.")
 
+    def eject(self) -> bool:
+        """Drop what only training needs, so that the same is computed with fewer parameters.
+
+        Returns:
+            Whether nothing is left, so that the adapter itself can go.
+        """
+        return False
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={tuple(p.shape)}" for name, p in self.named_parameters(recurse=False))
 

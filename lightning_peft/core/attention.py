@@ -45,6 +45,10 @@ class PrefixedAttention(WeightAdapter):
     def forward(self, config: Any, name: str) -> "_RoutedConfig":
         return _RoutedConfig(config, self)
 
+    def eject(self) -> bool:
+        eject_prefix(self, self.prefix)
+        return False
+
     def merge(self, parameters: Any) -> dict[str, Tensor]:
         return Adapter.merge(self, parameters)
 
@@ -67,6 +71,12 @@ class CacheLength(InputAdapter):
         length = 0 if cache is None else cache.get_seq_length(self.layer)
         self.past.value = length.clone() if isinstance(length, Tensor) else length  # a static cache counts in place
         return args, kwargs
+
+
+def eject_prefix(adapter: Adapter, prefix: Any) -> None:
+    """Let ``prefix`` drop what it came out of, if it came out of anything; what is left trains as it did."""
+    if prefix.eject():
+        adapter.trains = frozenset(f"prefix.{name}" for name, _ in prefix.named_parameters())
 
 
 class _RoutedConfig:

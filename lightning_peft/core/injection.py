@@ -60,13 +60,7 @@ def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
 
     registry.attachments[name] = Attachment(
         method=method,
-        # By every name: a module that is used twice has two.
-        keys=frozenset(
-            key
-            for path, module in model.named_modules(remove_duplicate=False)
-            if id(module) in added
-            for key in module.state_dict(prefix=f"{path}.", keep_vars=True)
-        ),
+        keys=keys_of(model, added),
         saved=tuple(saved),
         left_out=tuple(plan.left_out),
     )
@@ -94,6 +88,17 @@ def remove(model: nn.Module, name: str = "default") -> None:
         notify: Any = getattr(owner, "on_last_adapter_removed", None)
         if callable(notify):
             notify()
+
+
+def keys_of(model: nn.Module, adapters: set[int]) -> frozenset[str]:
+    """The state-dict keys of the adapters with these ids."""
+    return frozenset(
+        key
+        # By every name: a module that is used twice has two.
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) in adapters
+        for key in module.state_dict(prefix=f"{path}.", keep_vars=True)
+    )
 
 
 def _check_name(name: str, registry: Registry) -> None:

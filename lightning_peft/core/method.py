@@ -62,6 +62,10 @@ class Method(ABC):
             PEFTError: the method does not fit the model.
         """
 
+    def ejected(self) -> "Method":
+        """The method that describes its adapters after :func:`~lightning_peft.eject`."""
+        return self
+
     def to_config(self) -> dict[str, Any]:
         """This method as primitives: ``{"method": "LoRA", "r": 8, ...}``."""
         values = {name: _primitive(getattr(self, name)) for name in self.field_names()}

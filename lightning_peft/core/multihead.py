@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter
+from lightning_peft.core.attention import eject_prefix
 from lightning_peft.core.slots import CHILD
 from lightning_peft.core.taps import Tap
 from lightning_peft.errors import ConfigError
@@ -46,6 +47,10 @@ class PrefixedMultihead(InputAdapter):
         super().__init__()
         self.prefix, self.tap = prefix, tap
         self._host = (host,)  # in a tuple: it stays the base's module, not one of this adapter
+
+    def eject(self) -> bool:
+        eject_prefix(self, self.prefix)
+        return False
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self.tap.value

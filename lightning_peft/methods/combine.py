@@ -85,6 +85,9 @@ class Combine(Method):
     def starts_as_base(self) -> bool:
         return all(method.starts_as_base for method in self.methods or ())
 
+    def ejected(self) -> "Combine":
+        return replace(self, methods=[method.ejected() for method in self.methods or []])
+
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
         plans = [method.plan(model, saved) for method in self.methods or ()]
         return Plan(

@@ -11,7 +11,7 @@ where positions are absolute or rotary, as in the reference implementation.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -82,6 +82,9 @@ class PrefixTuning(Method):
     @property
     def starts_as_base(self) -> bool:
         return False  # even a zero key takes its share of the attention
+
+    def ejected(self) -> "PrefixTuning":
+        return replace(self, prefix_projection=False)
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
         hosts = {host.name: host for host in find_hosts(model)}
@@ -156,9 +159,23 @@ class Prefix(nn.Module):
         else:
             self.up = nn.Linear(method.encoder_hidden_size, 2 * features, **options)
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, each (P, features), without a gate."""
         trunk = self._trunk[0]
-        keys, values = (self.keys, self.values) if trunk is None else self.up(trunk()).chunk(2, -1)
+        return (self.keys, self.values) if trunk is None else self.up(trunk()).chunk(2, -1)
+
+    def eject(self) -> bool:
+        """Keep keys and values, and drop the layer that they came out of; whether there was one."""
+        if self._trunk[0] is None:
+            return False
+        trained = self.up.weight.requires_grad
+        self.keys, self.values = (nn.Parameter(x.detach().clone(), trained) for x in self.flat())
+        del self.up
+        self._trunk = (None,)
+        return True
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        keys, values = self.flat()
         if self.gate is None:
             return keys, values
         gate = self.gate.take()
@@ -173,6 +190,9 @@ class Trunk(Adapter):
         options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
         self.embedding = nn.Parameter(torch.randn(method.num_virtual_tokens, width, **options))
         self.down = nn.Linear(width, method.encoder_hidden_size, **options)
+
+    def eject(self) -> bool:
+        return True
 
     def forward(self) -> Tensor:
         hidden: Tensor = self.down(self.embedding)
