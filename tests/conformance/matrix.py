@@ -28,7 +28,7 @@ README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
 WORKS, REFUSED, BROKEN = "✓", "–", "✗"
 NAMED = "With layers named in target_modules"
-STEPS = 12
+STEPS = 30
 # The papers' sizes are too large for layers 16 wide and for sequences of 6 tokens.
 SIZES = {"r": 4, "reduction_factor": 4, "num_virtual_tokens": 4, "encoder_hidden_size": 16}
 
