@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_peft.core.fingerprint import check_base, fingerprint
 from lightning_peft.core.injection import inject, remove
 from lightning_peft.core.method import Method
+from lightning_peft.core.names import plain_name
 from lightning_peft.core.registry import registries, registry_of
 from lightning_peft.core.saved import resolve_saved
 from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, PEFTError, did_you_mean
@@ -25,16 +26,16 @@ def adapter_keys(model: nn.Module) -> frozenset[str]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of every adapter at or below ``model``, by state-dict key."""
+    """The tensors of every adapter at or below ``model``, by state-dict key without what torch.compile puts in."""
     keys = adapter_keys(model)
-    return {key: tensor for key, tensor in model.state_dict().items() if key in keys}
+    return {plain_name(key): tensor for key, tensor in model.state_dict().items() if key in keys}
 
 
 def record(model: nn.Module) -> dict[str, Any]:
     """Describe the adapters at or below ``model`` and their base, in primitives and tensors."""
     adapters = {
         f"{path}:{name}": {"path": path, "name": name, "method": attachment.method.to_config()}
-        for path, _, registry in registries(model)
+        for path, registry in ((plain_name(path), registry) for path, _, registry in registries(model))
         for name, attachment in registry.attachments.items()
     }
     return {"version": VERSION, "adapters": adapters, "base": fingerprint(model)}
@@ -43,7 +44,8 @@ def record(model: nn.Module) -> dict[str, Any]:
 def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -> None:
     """Attach what a record describes, or check that what is attached already is the same, and that ``state`` fits.
 
-    Nothing is loaded yet. If anything is wrong, the model is left as it was.
+    Nothing is loaded yet. If anything is wrong, the model is left as it was. A ``state`` that holds the base as well
+    (all of it) fits any base of these shapes.
 
     Raises:
         AdapterKeyError: a tensor of ``state`` is missing, left over, or of another shape.
@@ -51,7 +53,10 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
         CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached.
     """
     entries = recorded_methods(recorded)
-    attached = {(path, name): a.method for path, _, r in registries(model) for name, a in r.attachments.items()}
+    attached = {
+        (plain_name(path), name): a.method for path, _, r in registries(model) for name, a in r.attachments.items()
+    }
+    modules = {plain_name(path): module for path, module in model.named_modules()}
     if missing := [name for path, name in attached if (path, name) not in entries]:
         raise CheckpointError(
             f"The file holds no adapter {missing[0]!r}; it holds {', '.join(repr(name) for _, name in entries)}. "
@@ -61,22 +66,22 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
     for (path, name), method in entries.items():
         if (present := attached.get((path, name))) and present.to_config() != method.to_config():
             raise CheckpointError(f"Adapter {name!r} of the file is another one: {_differences(method, present)}.")
-        try:
-            owner = model.get_submodule(path)
-        except AttributeError as error:
+        if path not in modules:
             raise CheckpointError(
                 f"The file's adapter {name!r} belongs on '{path}', and {type(model).__name__} has no such module. "
                 "Load it into the class it was trained in."
-            ) from error
-        saved += [f"{path}.{top}" if path else top for top in resolve_saved(owner, method.modules_to_save)]
-    check_base(model, recorded.get("base"), tuple(saved))
+            )
+        saved += [f"{path}.{top}" if path else top for top in resolve_saved(modules[path], method.modules_to_save)]
+    _check_mapping(state)
+    base = base_keys(model)
+    if not (base & state.keys()):
+        check_base(model, recorded.get("base"), tuple(saved))
     added: list[tuple[nn.Module, str]] = []
     try:
         for (path, name), method in entries.items():
             if (path, name) not in attached:
-                owner = model.get_submodule(path)
-                inject(owner, method, name)
-                added.append((owner, name))
+                inject(modules[path], method, name)
+                added.append((modules[path], name))
         _check_state(model, state)
     except PEFTError as error:
         for owner, name in added:
@@ -113,29 +118,42 @@ def has_adapters(model: nn.Module) -> bool:
     return registry_of(model) is not None or any(True for _ in registries(model))
 
 
-def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Check that ``state`` holds the adapters of ``model`` and nothing else.
+def base_keys(model: nn.Module) -> set[str]:
+    """The state-dict keys of ``model`` that belong to no adapter, without what torch.compile puts in."""
+    return {plain_name(key) for key in model.state_dict(keep_vars=True).keys() - adapter_keys(model)}
 
-    Raises:
-        AdapterKeyError: a tensor is missing, left over, or of another shape.
-    """
+
+def _check_mapping(state: Any) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError("The 'state_dict' of this file is damaged: it is no mapping from names to tensors.")
-    wanted = adapter_state(model)
+
+
+def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Check that ``state`` holds the adapters of ``model``, or all of ``model``, and nothing else.
+
+    Raises:
+        AdapterKeyError: a tensor is missing, left over, or of another shape or kind.
+    """
+    whole = {plain_name(key): value for key, value in model.state_dict(keep_vars=True).items()}
+    full = bool(base_keys(model) & state.keys())
+    wanted = whole if full else {key: whole[key] for key in map(plain_name, adapter_keys(model)) if key in whole}
     if missing := sorted(wanted.keys() - state.keys()):
         raise AdapterKeyError(
-            f"The file lacks {len(missing)} of {len(wanted)} adapter tensors, first '{missing[0]}'. It is damaged, or "
-            "was written with other settings."
+            f"The file lacks {len(missing)} of {len(wanted)} {'' if full else 'adapter '}tensors, first '{missing[0]}'."
+            " It is damaged, or was written with other settings."
         )
     if extra := sorted(state.keys() - wanted.keys()):
         raise AdapterKeyError(
             f"The file holds {len(extra)} tensors that belong to no adapter of {type(model).__name__}, first "
             f"'{extra[0]}'.{did_you_mean(extra[0], wanted)}"
         )
-    for key, tensor in wanted.items():
-        if not isinstance(state[key], Tensor) or state[key].shape != tensor.shape:
-            found = list(state[key].shape) if isinstance(state[key], Tensor) else type(state[key]).__name__
-            raise AdapterKeyError(f"'{key}' is {found} in the file and must have shape {list(tensor.shape)}.")
+    for key, here in wanted.items():
+        there = state[key]
+        if not isinstance(here, Tensor):
+            continue  # extra state of a module, whatever it is
+        if not isinstance(there, Tensor) or there.shape != here.shape:
+            found = list(there.shape) if isinstance(there, Tensor) else type(there).__name__
+            raise AdapterKeyError(f"'{key}' is {found} in the file and must have shape {list(here.shape)}.")
 
 
 def _differences(there: Method, here: Method) -> str:

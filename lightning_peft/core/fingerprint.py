@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.names import plain_name
 from lightning_peft.core.registry import registries
 from lightning_peft.errors import BaseMismatchError, CheckpointError, did_you_mean
 
@@ -12,7 +13,7 @@ _SAMPLES = 8
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the base: no adapters, and not the modules whose trained copies travel with an adapter.
+    """The base's state by plain names: no adapters, and not the modules whose trained copies travel with an adapter.
 
     Those (a new task head, say) may be initialised differently each time, and their own values are never read.
     """
@@ -24,7 +25,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
         tops += [f"{dot}{path}." for attachment in registry.attachments.values() for path in attachment.saved]
     state = model.state_dict(keep_vars=True)
     return {
-        key: tensor
+        plain_name(key): tensor
         for key, tensor in state.items()
         if isinstance(tensor, Tensor) and key not in left_out and not key.startswith(tuple(tops))
     }
@@ -64,7 +65,7 @@ def check_base(model: nn.Module, recorded: Any, saved: tuple[str, ...] = ()) -> 
         raise CheckpointError(f"The record of the base model in this file is damaged ({error!r}).") from error
     if not consistent:
         raise CheckpointError("The record of the base model in this file is damaged: its columns do not fit together.")
-    tops = tuple(f"{path}." for path in saved)
+    tops = tuple(f"{plain_name(path)}." for path in saved)
     here = {key: tensor for key, tensor in base_tensors(model).items() if not key.startswith(tops)}
     remedy = "Load the base model that the adapter was trained on."
     for name, shape, dtype, sample in zip(names, shapes, dtypes, samples, strict=True):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from lightning_peft.core.names import plain_name
 from lightning_peft.core.registry import Registry, registry_of
 from lightning_peft.core.slots import CHILD, AdapterSlots, base_modules
 
@@ -78,13 +79,18 @@ class _PaddedForward:
 def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
     """Let a state dict that holds adapters alone load strictly: the base's part is taken to be what is here.
 
-    A state dict with some of the base's keys is left alone, so that torch's own check still finds what it lacks.
+    A state dict with some of the base's keys is left alone, so that torch's own check still finds what it lacks. Plain
+    names, as files have them, become those that the modules have here.
     """
     registry = registry_of(model)
     if registry is None:
         return
     own = registry.own_keys()
     # keep_vars: torch skips the copy of a tensor onto itself, so this costs nothing.
-    base = {f"{prefix}{key}": value for key, value in model.state_dict(keep_vars=True).items() if key not in own}
+    here = {f"{prefix}{key}": value for key, value in model.state_dict(keep_vars=True).items()}
+    for key in here:
+        if key not in state_dict and (plain := plain_name(key)) in state_dict:
+            state_dict[key] = state_dict.pop(plain)
+    base = {key: value for key, value in here.items() if key.removeprefix(prefix) not in own}
     if not state_dict.keys() & base.keys():
         state_dict.update(base)

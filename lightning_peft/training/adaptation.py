@@ -1,142 +1,222 @@
-"""What makes a LightningModule carry adapters: when they are attached, and what its checkpoints hold.
+"""What makes a LightningModule carry adapters: when they are attached, and what is checked on the way.
 
-Lightning's order (see its Trainer): callback.setup, module.setup, **configure_model**, module.on_load_checkpoint,
+Lightning's order (see its Trainer): callback.setup, **module.setup**, **configure_model**, module.on_load_checkpoint,
 load_state_dict. A network may be built in any of ``__init__``, ``setup`` and ``configure_model``, so adapters are
-attached at the end of ``configure_model``, the first moment when all three are over. With ``save_weights_only`` no
-callback's hook runs, so the base is left out of a checkpoint in the module's own hook.
+attached at the end of the last of these that the module has. With ``save_weights_only`` no callback's hook runs, so the
+base is left out of a checkpoint in the module's own hook.
 """
 
+from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_peft.core.checkpoint import (
-    RECORD,
-    adapter_keys,
-    attach_recorded,
-    has_adapters,
-    record,
-)
+from lightning_peft.core.checkpoint import RECORD, attach_recorded, has_adapters
 from lightning_peft.core.injection import inject
 from lightning_peft.core.method import Method
 from lightning_peft.core.registry import registries, registry_of
-from lightning_peft.errors import AdapterNameError, CheckpointError, PEFTError
+from lightning_peft.core.slots import base_modules
+from lightning_peft.errors import AdapterNameError, CheckpointError
+from lightning_peft.training.base_weights import load_base_weights
+from lightning_peft.training.checks import GradientWatch, check_all_is_saved, check_optimizers, check_still_there
+from lightning_peft.training.contents import Content, check_content, keep_content
+from lightning_peft.training.trainer import check_trainer, make_files_safe, renew_copies
 
-_PENDING = "_peft_pending"
+FrozenMode = Literal["train", "eval"]
+_INTENT = "_peft_intent"
 
 
-class Adapted:
+@dataclass
+class Intent:
+    """What is to become of a module; several PEFTCallbacks share one."""
+
+    methods: dict[str, Method] = field(default_factory=dict)
+    """What to inject, by the adapter's name."""
+    checkpoint: Content = "adapter"
+    frozen_mode: FrozenMode = "train"
+    base_weights: str | Path | None = None
+    watch: GradientWatch | None = None
+
+
+class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[misc]
     """The hooks of a LightningModule with adapters, put before the module's own class by :func:`adapt`."""
 
-    def configure_model(self) -> None:
-        """Build the network, then attach what waits."""
-        super().configure_model()  # type: ignore[misc]
-        attach_pending(self)  # type: ignore[arg-type]
+    def setup(self, stage: str) -> None:
+        """Set the module up, then attach what waits."""
+        super().setup(stage)
+        if not is_overridden("configure_model", self):
+            attach(self)
 
     def on_fit_start(self) -> None:
-        """Refuse to train what no checkpoint would hold."""
-        super().on_fit_start()  # type: ignore[misc]
-        _check_all_is_saved(self)  # type: ignore[arg-type]
+        """Refuse to train what no optimizer or no checkpoint holds."""
+        super().on_fit_start()
+        if has_adapters(self):
+            check_still_there(self)
+            check_all_is_saved(self)
+            check_optimizers(self.trainer, self)
+            check_content(self, intent_of(self).checkpoint)
+            intent_of(self).watch = GradientWatch(self)
+
+    def on_train_start(self) -> None:
+        """Put the base into its mode; not sooner, since Lightning warns of modules in eval mode when a fit starts."""
+        super().on_train_start()
+        self.train(self.training)
+
+    def on_after_backward(self) -> None:
+        """Raise after the first backward if an adapter got no gradient."""
+        super().on_after_backward()
+        if self.automatic_optimization:
+            self._check_gradients()
+
+    def on_train_epoch_end(self) -> None:
+        """The same in manual optimization, where a network may have its turn only every few batches."""
+        super().on_train_epoch_end()
+        if not self.automatic_optimization:
+            self._check_gradients()
+
+    def _check_gradients(self) -> None:
+        intent = intent_of(self)
+        watch, intent.watch = intent.watch, None
+        if watch:
+            watch.check()
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; with ``frozen_mode="eval"`` what is frozen stays in eval."""
+        super().train(mode)
+        if intent_of(self).frozen_mode == "eval":
+            _hold_in_eval(self)
+        return self
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen base out."""
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        if has_adapters(self):  # type: ignore[arg-type]
-            _check_all_is_saved(self)  # type: ignore[arg-type]
-            keys = adapter_keys(self)  # type: ignore[arg-type]
-            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in keys}
-            checkpoint[RECORD] = record(self)  # type: ignore[arg-type]
+        """Leave the frozen base out, or whatever else was chosen."""
+        super().on_save_checkpoint(checkpoint)
+        if has_adapters(self):
+            check_all_is_saved(self)
+            keep_content(self, checkpoint, intent_of(self).checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Attach what the checkpoint holds, or check that it fits what is attached."""
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        super().on_load_checkpoint(checkpoint)
         if RECORD in checkpoint:
-            attach_recorded(self, checkpoint[RECORD], checkpoint.get("state_dict", {}))  # type: ignore[arg-type]
-        elif has_adapters(self):  # type: ignore[arg-type]
+            attach_recorded(self, checkpoint[RECORD], checkpoint.get("state_dict", {}))
+            _check_resumable(self, checkpoint)
+        elif has_adapters(self):
             raise CheckpointError(
-                "This checkpoint holds no adapter; it looks like a full checkpoint of the base model. Load the base's "
-                "weights where the module builds its network, and give an adapter checkpoint here; or, to continue "
-                "the full model without adapters, leave PEFTCallback out (--peft.method null)."
+                "This checkpoint holds no adapter; it looks like a full checkpoint of the base model. To start from "
+                "these weights, give PEFTCallback(base_weights=PATH) in place of ckpt_path; or, to continue the full "
+                "model without adapters, leave PEFTCallback out (--peft.method null)."
             )
 
     def on_last_adapter_removed(self) -> None:
         """Be the user's own class again once everything is merged or removed."""
-        self.__dict__.pop(_PENDING, None)
-        if original := getattr(type(self), "_peft_original", None):
+        self.__dict__.pop(_INTENT, None)
+        original = getattr(type(self), "_peft_original", None)
+        if original and not getattr(original, "always_adapted", False):
             self.__class__ = original
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A class made at run time cannot be found by name when it is unpickled: say how to make it again.
-        if original := getattr(type(self), "_peft_original", None):
-            return _rebuild, (original,), self.__getstate__()
-        return super().__reduce__()  # type: ignore[return-value]
+        return _rebuild, (type(self)._peft_original,), self.__getstate__()
+
+
+class AdaptedLate(Adapted):
+    """The same where the module has a ``configure_model``, which runs after ``setup``."""
+
+    def configure_model(self) -> None:
+        """Build the network, then attach what waits."""
+        super().configure_model()
+        if self._current_fx_name != "setup":  # WeightAveraging calls it before its time
+            attach(self)
 
 
 def adapted_class(cls: type) -> type:
     """The subclass of a LightningModule class whose instances carry adapters; the class itself if it does already."""
-    return cls if issubclass(cls, Adapted) else _subclass(cls)  # type: ignore[arg-type]  # classes are hashable
+    return cls if issubclass(cls, Adapted) else _subclass(cls)  # classes are hashable
 
 
 @cache
 def _subclass(cls: Any) -> type:
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (Adapted, cls), {**names, "_peft_original": cls})
+    hooks = AdaptedLate if is_overridden("configure_model", cls, L.LightningModule) else Adapted
+    return type(cls.__name__, (hooks, cls), {**names, "_peft_original": cls})
 
 
-def adapt(module: nn.Module, name: str, method: Method) -> None:
-    """Make ``module`` carry adapters, and let ``method`` wait until its network is built."""
+def adapt(module: nn.Module, name: str, method: Method, **options: Any) -> None:
+    """Make ``module`` carry adapters, and let ``method`` wait until its network is built.
+
+    Args:
+        module: a LightningModule.
+        name: the adapter's name.
+        method: what to inject.
+        options: the other fields of :class:`Intent`.
+    """
     module.__class__ = adapted_class(type(module))
-    module.__dict__[_PENDING] = {**module.__dict__.get(_PENDING, {}), name: method}
+    before = intent_of(module)
+    module.__dict__[_INTENT] = Intent(methods={**before.methods, name: method}, **options)
 
 
-def attach_pending(module: nn.Module) -> None:
+def intent_of(module: nn.Module) -> Intent:
+    """What is to become of ``module``."""
+    return module.__dict__.setdefault(_INTENT, Intent())
+
+
+def attach(module: L.LightningModule) -> None:
     """Attach the methods that wait. Attached ones are left as they are, so every stage may call this.
 
     Raises:
         AdapterNameError: another method is attached under that name.
         PEFTError: the network was built anew, so trained adapters would be lost.
     """
-    for path, owner, registry in registries(module):
-        for host, slots in registry.slots.items():
-            if _submodule(owner, f"{host}.peft" if host else "peft") is not slots:
-                raise PEFTError(
-                    f"{type(module).__name__} built '{path or host}' anew after its adapters were attached, and would "
-                    "lose them. Build the network once: begin setup() or configure_model() with a check whether it is "
-                    "there."
-                )
+    intent, trainer = intent_of(module), module._trainer
+    if trainer and (intent.methods or has_adapters(module)):
+        check_trainer(trainer)
+        make_files_safe(trainer)
+        # A plugin that replaces layers (BitsandbytesPrecision) would do so in strategy.setup, and drop their adapters.
+        trainer.precision_plugin.convert_module(module)
+    check_still_there(module)
     own = registry_of(module)
-    for name, method in module.__dict__.get(_PENDING, {}).items():
-        present = own.attachments.get(name) if own else None
-        if present is None:
-            inject(module, method, name)
-        elif present.method.to_config() != method.to_config():
+    attached = own.attachments if own else {}
+    for name in attached.keys() & intent.methods.keys():
+        if attached[name].method.to_config() != intent.methods[name].to_config():
             raise AdapterNameError(
-                f"{type(module).__name__} has an adapter {name!r} already, {present.method}, and PEFTCallback asks for "
-                f"{method}. Give the new one another name, or remove(model, {name!r}) first."
+                f"{type(module).__name__} has an adapter {name!r} already, {attached[name].method}, and PEFTCallback "
+                f"asks for {intent.methods[name]}. Give the new one another name, or remove(model, {name!r}) first."
             )
+    if intent.base_weights and not has_adapters(module):
+        load_base_weights(module, intent.base_weights)
+    waiting = {name: method for name, method in intent.methods.items() if name not in attached}
+    for name, method in waiting.items():
+        inject(module, method, name)
+    if trainer and waiting:
+        renew_copies(trainer, module)
 
 
-def _check_all_is_saved(module: nn.Module) -> None:
-    if not has_adapters(module):
-        return
-    keys = adapter_keys(module)
-    lost = [name for name, p in module.named_parameters() if p.requires_grad and name not in keys]
-    if lost:
-        raise PEFTError(
-            f"{len(lost)} parameters train that belong to no adapter, first '{lost[0]}': an adapter checkpoint would "
-            f"lose them. Inject on {type(module).__name__} itself, which freezes all of it, and name what is to be "
-            "trained whole in modules_to_save; nothing may unfreeze the base afterwards."
+def _check_resumable(module: Any, checkpoint: dict[str, Any]) -> None:
+    trainer = module._trainer
+    if trainer and trainer.state.fn == TrainerFn.FITTING and "optimizer_states" not in checkpoint:
+        raise CheckpointError(
+            "This checkpoint holds weights only (save_weights_only), so training cannot be resumed from it. To start a "
+            "new run from its weights: model = load_from_checkpoint(cls, path), then fit without ckpt_path."
         )
 
 
-def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return owner.get_submodule(path)
-    except AttributeError:
-        return None
+def _hold_in_eval(module: nn.Module) -> None:
+    """Put the frozen base of ``module`` into eval mode: all but itself, the adapters and what is trained whole."""
+    whole: set[int] = {id(module)}
+    for _, owner, registry in registries(module):
+        for attachment in registry.attachments.values():
+            for path in attachment.saved:
+                whole.update(map(id, owner.get_submodule(path).modules()))
+    for _, below in base_modules(module):
+        if id(below) not in whole:
+            below.training = False
 
 
 def _rebuild(cls: type) -> Any:
     adapted: Any = adapted_class(cls)
-    return adapted.__new__(adapted)
+    return object.__new__(adapted)

@@ -1,19 +1,20 @@
 """``PEFTCallback``: the one line that turns a LightningModule's training into parameter-efficient fine-tuning."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
 
 import lightning as L
 import rich
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_peft.core.method import Method
-from lightning_peft.core.registry import registries
 from lightning_peft.core.report import report
-from lightning_peft.errors import ConfigError, GradientError, OptimizerError
-from lightning_peft.training.adaptation import adapt
-from lightning_peft.training.files import CheckedCheckpointIO
+from lightning_peft.errors import ConfigError
+from lightning_peft.training.adaptation import FrozenMode, adapt
+from lightning_peft.training.contents import Content
+from lightning_peft.training.trainer import check_trainer
 
 
 class PEFTCallback(L.Callback):
@@ -21,23 +22,44 @@ class PEFTCallback(L.Callback):
 
     The module's class, its steps and its ``configure_optimizers`` stay as they are. Adapters are attached when the
     network is complete, wherever it is built (``__init__``, ``setup``, ``configure_model``), and before a checkpoint is
-    loaded.
+    loaded. Where it stands among the Trainer's callbacks makes no difference.
 
     Args:
         method: what to inject, such as ``LoRA(r=8)``. None trains the whole model, for comparison.
         name: the adapter's name. Several callbacks with different names train several adapters together.
         show: print a table of what is injected, trained and frozen before training starts.
+        checkpoint: what a ``.ckpt`` holds: ``"adapter"`` alone; ``"merged"``, a full checkpoint with the original keys,
+            for use without this library (training cannot be resumed from it); or ``"full"``, base and adapter.
+        frozen_mode: the mode of the frozen base while training: ``"train"`` leaves its dropout as the module has it,
+            ``"eval"`` turns it off. Normalisation layers with running statistics are in eval in both.
+        base_weights: a full checkpoint, state dict or ``.safetensors`` file of the module, loaded before injection.
 
     Raises:
+        ConfigError: an option has a value it cannot have, or differs between callbacks of one Trainer.
+        NotApplicableError: at ``setup``, when the Trainer's strategy shards parameters.
         OptimizerError: at the start of ``fit``, when a parameter that should train is in no optimizer.
         GradientError: after the first backward, when an adapter got no gradient.
     """
 
-    def __init__(self, method: Method | None, name: str = "default", show: bool = True) -> None:
+    def __init__(
+        self,
+        method: Method | None,
+        name: str = "default",
+        show: bool = True,
+        checkpoint: Content = "adapter",
+        frozen_mode: FrozenMode = "train",
+        base_weights: str | Path | None = None,
+    ) -> None:
         if method is not None and not isinstance(method, Method):
             raise ConfigError(f"PEFTCallback needs a method such as LoRA(r=8), or None, not {method!r}.")
+        for option, value, choices in (
+            ("checkpoint", checkpoint, get_args(Content)),
+            ("frozen_mode", frozen_mode, get_args(FrozenMode)),
+        ):
+            if value not in choices:
+                raise ConfigError(f"PEFTCallback: {option}={value!r} must be one of {', '.join(map(repr, choices))}.")
         self.method, self.name, self.show = method, name, show
-        self._without_gradient: dict[str, Tensor] | None = None
+        self.options = {"checkpoint": checkpoint, "frozen_mode": frozen_mode, "base_weights": base_weights}
 
     @property
     @override
@@ -46,70 +68,28 @@ class PEFTCallback(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if [callback.name for callback in _peft_callbacks(trainer)].count(self.name) > 1:
-            raise ConfigError(
-                f"There are two PEFTCallbacks with the name {self.name!r}: give one another, name='second'."
-            )
-        if self.method is not None:
-            adapt(pl_module, self.name, self.method)
-            if not isinstance(trainer.strategy.checkpoint_io, CheckedCheckpointIO):
-                trainer.strategy.checkpoint_io = CheckedCheckpointIO(trainer.strategy.checkpoint_io)
+        if self.method is None:
+            return
+        check_trainer(trainer)
+        for other in _peft_callbacks(trainer):
+            if other is not self and other.name == self.name:
+                raise ConfigError(
+                    f"There are two PEFTCallbacks with the name {self.name!r}: give one another, name='second'."
+                )
+            if other.method is not None and other.options != self.options:
+                raise ConfigError(
+                    f"The PEFTCallbacks {self.name!r} and {other.name!r} train one module and must agree, and say "
+                    f"{self.options} and {other.options}."
+                )
+        adapt(pl_module, self.name, self.method, **self.options)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.method is None:
-            return
-        _check_optimizers(trainer, pl_module)
-        self._without_gradient = dict(_trained(pl_module, self.name))
-        if self.show and next(_peft_callbacks(trainer)) is self:  # one table holds the adapters of all callbacks
+        # One table holds the adapters of all callbacks.
+        if self.method is not None and self.show and next(_peft_callbacks(trainer)) is self:
             rank_zero_only(rich.print)(report(pl_module))
-
-    @override
-    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._without_gradient is None:
-            return
-        self._without_gradient = {n: p for n, p in self._without_gradient.items() if p.grad is None}
-        if pl_module.automatic_optimization:
-            self._check_gradients()
-
-    @override
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: object) -> None:
-        # In manual optimization one step may run several backwards, each for another network: all of them count.
-        if self._without_gradient is not None:
-            self._check_gradients()
-
-    def _check_gradients(self) -> None:
-        missing, self._without_gradient = self._without_gradient, None
-        if missing:
-            hosts = list(dict.fromkeys(f".{name}".rpartition(".peft.")[0].lstrip(".") for name in missing))
-            raise GradientError(
-                f"The adapter {self.name!r} got no gradient in the first backward at {len(hosts)} of its layers, first "
-                f"'{hosts[0]}': the loss does not depend on that layer's output. Leave it out "
-                f"(exclude_modules=[{hosts[0]!r}]), or see whether the module runs it, detaches "
-                "it, or runs it under no_grad."
-            )
 
 
 def _peft_callbacks(trainer: L.Trainer) -> Iterator[PEFTCallback]:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     return (callback for callback in callbacks if isinstance(callback, PEFTCallback))
-
-
-def _trained(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of adapter ``name`` that train, by their path from ``module``."""
-    for prefix, _, registry in registries(module):
-        for path, adapter in registry.adapters(name):
-            for key, parameter in adapter.named_parameters():
-                if parameter.requires_grad:
-                    yield ".".join(part for part in (prefix, path, "peft", key) if part), parameter
-
-
-def _check_optimizers(trainer: L.Trainer, module: nn.Module) -> None:
-    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    if missing := [name for name, parameter in named.items() if id(parameter) not in held]:
-        raise OptimizerError(
-            f"{len(missing)} of {len(named)} parameters that should train are in no optimizer, first '{missing[0]}'. "
-            "Give configure_optimizers all that trains: "
-            "torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=...)."
-        )

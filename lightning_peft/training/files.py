@@ -1,21 +1,30 @@
-"""Reading ``.ckpt`` files so that a bad one is this library's error, by hand and under a Trainer."""
+"""Reading and writing ``.ckpt`` files: a bad one is this library's error, and a killed process leaves no half one."""
 
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 import torch
-from lightning.fabric.plugins import CheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from safetensors.torch import load_file
+from torch import Tensor
 from typing_extensions import override
 
+from lightning_peft.core.checkpoint import RECORD
+from lightning_peft.core.checksum import checksum
 from lightning_peft.errors import CheckpointError
+
+_CHECKSUM = "checksum"
 
 
 def read_checkpoint(path: str | Path | IO[bytes]) -> dict[str, Any]:
     """Read a ``.ckpt`` to the CPU; no pickled code is run.
 
     Raises:
-        CheckpointError: there is no such file, it is truncated or damaged, or no Lightning checkpoint.
+        CheckpointError: there is no such file, it is damaged, or no Lightning checkpoint.
     """
     try:
         if isinstance(path, (str, Path)):
@@ -29,15 +38,42 @@ def read_checkpoint(path: str | Path | IO[bytes]) -> dict[str, Any]:
     return _checked(path, checkpoint)
 
 
-class CheckedCheckpointIO(CheckpointIO):
-    """Reads and writes as ``inner`` does; what cannot be read is a :class:`CheckpointError`."""
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of a ``.safetensors`` file, of a Lightning checkpoint, or of a saved state dict.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or holds no tensors by name.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    weights = weights.get("state_dict", weights) if isinstance(weights, Mapping) else weights
+    if not isinstance(weights, Mapping) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise CheckpointError(f"{path} holds no weights: neither a checkpoint with a 'state_dict' nor tensors by name.")
+    return dict(weights)
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Reads and writes as ``inner`` does, but a file is there whole or not at all.
+
+    What cannot be read, or was changed after it was written, is a :class:`CheckpointError`.
+    """
 
     def __init__(self, inner: CheckpointIO) -> None:
         self.inner = inner
 
     @override
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        self.inner.save_checkpoint(*args, **kwargs)
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
+        if RECORD in checkpoint:
+            checkpoint = {**checkpoint, RECORD: {**checkpoint[RECORD], _CHECKSUM: checksum(checkpoint)}}
+        if type(self.inner) is TorchCheckpointIO and "://" not in str(path):
+            with replaced_whole(Path(path)) as temporary:
+                self.inner.save_checkpoint(checkpoint, temporary, *args, **kwargs)
+        else:
+            self.inner.save_checkpoint(checkpoint, path, *args, **kwargs)
 
     @override
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -56,6 +92,19 @@ class CheckedCheckpointIO(CheckpointIO):
         self.inner.teardown()
 
 
+@contextmanager
+def replaced_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; it takes the place of ``path`` at the end of the ``with`` block.
+
+    A process that is killed meanwhile leaves the former file as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # one name for all writes: the next one overwrites what was left
+    yield temporary
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
 def _unreadable(path: object, error: Exception) -> CheckpointError:
     # torch.load has no error of its own: zip, pickle, struct and key errors all mean the same.
     if isinstance(error, FileNotFoundError):
@@ -69,4 +118,12 @@ def _unreadable(path: object, error: Exception) -> CheckpointError:
 def _checked(path: object, checkpoint: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is no Lightning checkpoint: it has no 'state_dict'.")
+    record = checkpoint.get(RECORD)
+    if isinstance(record, dict) and _CHECKSUM in record:
+        written = {**checkpoint, RECORD: {key: value for key, value in record.items() if key != _CHECKSUM}}
+        if checksum(written) != record[_CHECKSUM]:
+            raise CheckpointError(
+                f"{path} is not what was written: its checksum differs, so it was damaged or edited. Use another copy; "
+                f"to accept an edit of your own, delete checkpoint['{RECORD}']['{_CHECKSUM}'] and save it again."
+            )
     return checkpoint

@@ -1,31 +1,34 @@
 """``PEFTModule``, a LightningModule base with adapter-only checkpoints, and loading for classes that do not use it."""
 
 import math
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import IO, Any, ClassVar, Literal, TypeVar
 
 import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from lightning_peft.core.checkpoint import RECORD
+from lightning_peft.core.checkpoint import RECORD, attach_recorded
 from lightning_peft.core.merging import merge
-from lightning_peft.errors import CheckpointError, ConfigError
-from lightning_peft.training.adaptation import Adapted, adapted_class
+from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
+from lightning_peft.training.adaptation import adapted_class
+from lightning_peft.training.base_weights import load_base_weights
 from lightning_peft.training.files import read_checkpoint
 
 ModuleT = TypeVar("ModuleT", bound=L.LightningModule)
 
 
-class PEFTModule(Adapted, L.LightningModule):
+class PEFTModule(L.LightningModule):
     """A LightningModule whose checkpoints hold its adapters alone, and which can be loaded from them.
 
     Adapters come from :class:`~lightning_peft.PEFTCallback`, from :func:`~lightning_peft.inject` in ``__init__``, or
-    from the checkpoint. Without any it is an ordinary LightningModule. A subclass that overrides ``configure_model``,
-    ``on_fit_start``, ``on_save_checkpoint`` or ``on_load_checkpoint`` must call ``super()``'s.
+    from the checkpoint. Without any it is an ordinary LightningModule. Subclasses may override every hook.
 
     Args:
         lr: peak learning rate, greater than 0.
@@ -36,6 +39,12 @@ class PEFTModule(Adapted, L.LightningModule):
     Raises:
         ConfigError: an argument is out of range.
     """
+
+    always_adapted: ClassVar[bool] = True
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # The hooks stand before the subclass's own, so that none of these can forget to call them.
+        return super().__new__(adapted_class(cls))
 
     def __init__(
         self,
@@ -95,16 +104,22 @@ class PEFTModule(Adapted, L.LightningModule):
         """
         read_checkpoint(checkpoint_path)
         load = L.LightningModule.load_from_checkpoint.__func__  # type: ignore[attr-defined]
-        return load(cls, checkpoint_path, *args, **kwargs)
+        with _building(cls, checkpoint_path):
+            return load(cls, checkpoint_path, *args, **kwargs)
 
 
-def load_from_checkpoint(cls: type[ModuleT], ckpt_path: str | Path | IO[bytes], **kwargs: Any) -> ModuleT:
+def load_from_checkpoint(
+    cls: type[ModuleT], ckpt_path: str | Path | IO[bytes], base_weights: str | Path | None = None, **kwargs: Any
+) -> ModuleT:
     """Load an adapter checkpoint into a LightningModule class that knows nothing of adapters.
 
     Args:
         cls: the class that was trained; it is instantiated with the checkpoint's hyperparameters and ``kwargs``, and
-            must build the base with its pretrained weights.
-        ckpt_path: an adapter-only ``.ckpt``.
+            must build its network in ``__init__`` or ``configure_model``, with the weights that the adapter was
+            trained on.
+        ckpt_path: a ``.ckpt`` with an adapter.
+        base_weights: a full checkpoint, state dict or ``.safetensors`` file of the module, if the class does not load
+            these weights itself; the same as :class:`~lightning_peft.PEFTCallback`'s.
         kwargs: as for ``LightningModule.load_from_checkpoint``: ``map_location``, and the arguments of ``cls``.
 
     Returns:
@@ -114,9 +129,46 @@ def load_from_checkpoint(cls: type[ModuleT], ckpt_path: str | Path | IO[bytes], 
         BaseMismatchError: the base is not the one the adapter was trained on.
         CheckpointError: the file cannot be read, holds no adapter, or does not fit.
     """
-    if RECORD not in read_checkpoint(ckpt_path):
+    checkpoint = read_checkpoint(ckpt_path)
+    if RECORD not in checkpoint:
         raise CheckpointError(
             f"{ckpt_path} holds no adapter; it looks like a full checkpoint: use {cls.__name__}.load_from_checkpoint."
         )
-    adapted: Any = adapted_class(cls)
-    return adapted.load_from_checkpoint(ckpt_path, **kwargs)
+    with _building(cls, ckpt_path):
+        module = _without_adapters(cls, checkpoint, kwargs)
+    if not any(True for _ in module.parameters()):
+        raise CheckpointError(
+            f"{cls.__name__} has no network to load the adapter into: Lightning runs no setup() when it loads. Build "
+            "it in __init__ or in configure_model()."
+        )
+    if base_weights is not None:
+        load_base_weights(module, base_weights)
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    attach_recorded(module, checkpoint[RECORD], state)
+    module.__class__ = adapted_class(type(module))
+    module.load_state_dict(state)
+    return module
+
+
+def _without_adapters(cls: type[ModuleT], checkpoint: dict[str, Any], kwargs: dict[str, Any]) -> ModuleT:
+    """The module as Lightning makes it of the checkpoint's hyperparameters; the adapters' tensors are passed over."""
+    file = BytesIO()
+    torch.save({key: value for key, value in checkpoint.items() if key != RECORD}, file)
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found keys that are (not )?in the model state dict")
+        return cls.load_from_checkpoint(file, **{**kwargs, "strict": False})
+
+
+@contextmanager
+def _building(cls: type, path: object) -> Iterator[None]:
+    """Say which file it was when a class cannot be built from the hyperparameters in it."""
+    try:
+        yield
+    except PEFTError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{cls.__name__} cannot be built from the hyperparameters in {path}: {type(error).__name__}: {error} "
+            "Arguments that are not in the file can be given beside its path."
+        ) from error

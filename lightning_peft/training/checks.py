@@ -1,0 +1,118 @@
+"""What is checked while a module with adapters trains, before time is lost."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import lightning as L
+from torch import nn
+
+from lightning_peft.core.checkpoint import adapter_keys
+from lightning_peft.core.registry import registries
+from lightning_peft.errors import GradientError, OptimizerError, PEFTError
+
+
+def check_still_there(module: nn.Module) -> None:
+    """Raise if a layer was replaced after its adapters were attached.
+
+    Raises:
+        PEFTError: it was, so trained adapters would be lost.
+    """
+    for path, owner, registry in registries(module):
+        for host, slots in registry.slots.items():
+            if _submodule(owner, f"{host}.peft" if host else "peft") is not slots:
+                raise PEFTError(
+                    f"'{'.'.join(part for part in (path, host) if part)}' of {type(module).__name__} was built anew "
+                    "after its adapters were attached, and lost them. Build the network once: begin setup() or "
+                    "configure_model() with a check whether it is there; and where a precision plugin replaces layers "
+                    "(BitsandbytesPrecision), leave the injecting to PEFTCallback."
+                )
+
+
+def check_all_is_saved(module: nn.Module) -> None:
+    """Raise if something trains that an adapter checkpoint would not hold.
+
+    Raises:
+        PEFTError: it does.
+    """
+    keys = adapter_keys(module)
+    lost = [name for name, p in module.named_parameters() if p.requires_grad and name not in keys]
+    if lost:
+        raise PEFTError(
+            f"{len(lost)} parameters train that belong to no adapter, first '{lost[0]}': an adapter checkpoint would "
+            f"lose them. Inject on {type(module).__name__} itself, which freezes all of it, and name what is to be "
+            "trained whole in modules_to_save; nothing may unfreeze the base afterwards."
+        )
+
+
+def check_optimizers(trainer: L.Trainer, module: nn.Module) -> None:
+    """Raise if a parameter trains that no optimizer holds.
+
+    Raises:
+        OptimizerError: it does.
+    """
+    held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    if missing := [name for name, parameter in named.items() if id(parameter) not in held]:
+        raise OptimizerError(
+            f"{len(missing)} of {len(named)} parameters that should train are in no optimizer, first '{missing[0]}'. "
+            "Give configure_optimizers all that trains: "
+            "torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=...)."
+        )
+
+
+class GradientWatch:
+    """Notes which parameters of the adapters have had a gradient, whoever has called ``backward``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.missing = dict(_trained(module))
+        self._handles: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(partial(self._seen, name))
+            for name, parameter in self.missing.items()
+        ]
+
+    def check(self) -> None:
+        """Stop watching, and raise if a parameter has had no gradient.
+
+        Raises:
+            GradientError: one has not.
+        """
+        self.stop()
+        if self.missing:
+            adapters = sorted(
+                {name.partition(".peft.")[2].partition(".")[0].partition(":")[0] for name in self.missing}
+            )
+            hosts = list(dict.fromkeys(name.partition(".peft.")[0].lstrip(".") for name in self.missing))
+            raise GradientError(
+                f"The adapter {', '.join(map(repr, adapters))} got no gradient at {len(hosts)} of its layers, first "
+                f"'{hosts[0]}': the loss does not depend on that layer's output. Leave it out "
+                f"(exclude_modules=[{hosts[0]!r}]), or see whether the module runs it, detaches "
+                "it, or runs it under no_grad."
+            )
+
+    def stop(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _seen(self, name: str, parameter: nn.Parameter) -> None:
+        self.missing.pop(name, None)
+
+
+def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of all adapters that train, by their path from ``module`` (with a dot before it)."""
+    for prefix, _, registry in registries(module):
+        for name in registry.attachments:
+            for path, adapter in registry.adapters(name):
+                slot = next(slot for slot, child in registry.slots[path].named_children() if child is adapter)
+                for key, parameter in adapter.named_parameters():
+                    if parameter.requires_grad:
+                        yield ".".join(["", *(part for part in (prefix, path) if part), "peft", slot, key]), parameter
+
+
+def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return owner.get_submodule(path)
+    except AttributeError:
+        return None
