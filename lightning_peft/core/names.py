@@ -1,6 +1,13 @@
 """Names of modules and tensors as a user knows them, whatever torch has wrapped around the modules since."""
 
+from torch import nn
+
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})  # torch.compile, activation checkpointing
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether torch has put ``module`` around another one."""
+    return not _WRAPPERS.isdisjoint(module._modules)
 
 
 def plain_name(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
+from lightning_peft.core.names import is_wrapper, plain_name
 from lightning_peft.core.tensors import first_input
 
 CHILD = "peft"  # the name under which a host carries its slots
@@ -123,13 +124,16 @@ def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without the adapters."""
+    """``model.named_modules()`` without the adapters and what torch has wrapped around modules, by plain names.
+
+    ``model.get_submodule`` knows these names, too: a wrapper passes on what it is asked for.
+    """
     inside: set[int] = set()
     for path, module in model.named_modules():
         if isinstance(module, AdapterSlots):
             inside.update(map(id, module.modules()))
-        if id(module) not in inside:
-            yield path, module
+        if id(module) not in inside and not is_wrapper(module):
+            yield plain_name(path), module
 
 
 def _table(host: nn.Module, path: str) -> tuple[dict[str, Any], str]:

@@ -134,7 +134,7 @@ class AdaptedLate(Adapted):
             attach(self)
 
 
-def adapted_class(cls: type) -> type:
+def adapted_class(cls: Any) -> type:
     """The subclass of a LightningModule class whose instances carry adapters; the class itself if it does already."""
     return cls if issubclass(cls, Adapted) else _subclass(cls)  # classes are hashable
 

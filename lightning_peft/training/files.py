@@ -118,6 +118,9 @@ def _unreadable(path: object, error: Exception) -> CheckpointError:
 def _checked(path: object, checkpoint: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is no Lightning checkpoint: it has no 'state_dict'.")
+    state = checkpoint["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(f"{path}: the 'state_dict' of this file is damaged: it maps no names to tensors.")
     record = checkpoint.get(RECORD)
     if isinstance(record, dict) and _CHECKSUM in record:
         written = {**checkpoint, RECORD: {key: value for key, value in record.items() if key != _CHECKSUM}}
