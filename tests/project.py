@@ -1,8 +1,12 @@
-"""A project as a user has it: plain torch and Lightning, nothing of PEFT in it."""
+"""A project as a user has it: plain torch and Lightning, nothing of PEFT in it; and the same on PEFTModule."""
+
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+
+from lightning_peft import PEFTModule
 
 
 def build_network() -> nn.Sequential:
@@ -63,3 +67,18 @@ class BuiltInSetup(Project):
     def setup(self, stage: str) -> None:
         if self.net is None:
             self.net = build_network()
+
+
+class OnPEFTModule(PEFTModule, Steps):
+    """The same project written on PEFTModule; its hooks forget to call ``super()``."""
+
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__(lr=lr)
+        self.save_hyperparameters()
+        self.net = build_network()
+
+    def on_fit_start(self) -> None: ...
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...

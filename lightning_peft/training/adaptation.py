@@ -65,7 +65,8 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
     def on_train_start(self) -> None:
         """Put the base into its mode; not sooner, since Lightning warns of modules in eval mode when a fit starts."""
         super().on_train_start()
-        self.train(self.training)
+        if intent_of(self).frozen_mode == "eval":
+            _hold_in_eval(self)
 
     def on_after_backward(self) -> None:
         """Raise after the first backward if an adapter got no gradient."""
