@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import PEFTModule
 
@@ -82,3 +83,18 @@ class OnPEFTModule(PEFTModule, Steps):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+
+
+class ProjectData(L.LightningDataModule):
+    """64 rows of 16 numbers; the class is the place of the largest of the first 8."""
+
+    def __init__(self, batch_size: int = 16) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+        self.dataset = TensorDataset(x, x[:, :8].argmax(-1))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.dataset, batch_size=self.batch_size)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader

@@ -7,8 +7,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from project import OnPEFTModule, Project
+from snapshot import assert_identical
 
+from lightning_peft import load_from_checkpoint
 from lightning_peft.cli import PEFTCLI, main
+from lightning_peft.training.classification import TextClassifier
 
 ROOT = Path(__file__).parents[1]
 
@@ -145,6 +149,33 @@ def test_resuming_by_command_continues(config, tmp_path):
     (tmp_path / "out/task.ckpt").rename(tmp_path / "half.ckpt")
     cli = run("fit", "--config", config, "--ckpt_path", tmp_path / "half.ckpt", "--trainer.max_epochs", 2)
     assert cli.trainer.current_epoch == 2
+
+
+@pytest.mark.parametrize("project", [Project, OnPEFTModule])
+def test_files_of_the_command_load_by_class_with_their_hyperparameters(project, tmp_path):
+    command = run(
+        *("fit", "--seed_everything", 0, "--model", f"project.{project.__name__}", "--model.init_args.lr", 0.02),
+        *("--data", "project.ProjectData", "--peft.method", "LoRA", "--peft.method.r", 4, "--trainer.max_epochs", 1),
+        *("--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"),
+        *("--trainer.enable_checkpointing", "false", "--trainer.log_every_n_steps", 1),
+    )
+    command.trainer.save_checkpoint(tmp_path / "task.ckpt")
+    loads = [lambda path: load_from_checkpoint(project, path)]
+    loads += [project.load_from_checkpoint] if project is OnPEFTModule else []
+    x = torch.randn(4, 16)
+    for load in loads:
+        loaded = load(tmp_path / "task.ckpt")
+        assert loaded.hparams["lr"] == 0.02
+        assert_identical(loaded.eval()(x), command.model.eval()(x))
+
+
+def test_what_a_checkpoint_holds_and_the_mode_of_the_base_are_options_of_the_command(config, tmp_path):
+    command = run("fit", "--config", config, "--peft.checkpoint", "merged", "--peft.frozen_mode", "eval")
+    assert not command.model.model.bert.encoder.training
+    (tmp_path / "out/task.ckpt").rename(tmp_path / "merged.ckpt")
+    merged = TextClassifier.load_from_checkpoint(tmp_path / "merged.ckpt")
+    assert not any(".peft." in key for key in merged.state_dict())
+    run("fit", "--config", config, "--peft.base_weights", tmp_path / "merged.ckpt", "--trainer.fast_dev_run", 1)
 
 
 def test_a_method_that_contradicts_the_file_is_an_error(config, tmp_path, capsys):

@@ -25,10 +25,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from project import BuiltInConfigureModel, BuiltInSetup, OnPEFTModule, Project, build_network
+from project import BuiltInConfigureModel, BuiltInSetup, OnPEFTModule, Project, ProjectData, build_network
 from snapshot import assert_identical
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_peft import LoRA, PEFTCallback, inject, load_from_checkpoint
 from lightning_peft.errors import CheckpointError, ConfigError
@@ -39,17 +38,6 @@ pytestmark = [
 ]
 
 OWN_KEYS = {f"net.{i}.peft.default.lora_{x}" for i in (0, 3, 5) for x in "AB"}
-
-
-class Data(L.LightningDataModule):
-    def __init__(self, loader: DataLoader, batch_size: int = 16) -> None:
-        super().__init__()
-        self.dataset, self.batch_size = loader.dataset, batch_size
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.dataset, batch_size=self.batch_size)
-
-    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
 
 def adapter_of(model: nn.Module) -> dict[str, Tensor]:
@@ -85,7 +73,7 @@ BESIDE: dict[str, Callable[[], L.Callback]] = {
 @pytest.mark.parametrize("beside", BESIDE)
 @pytest.mark.parametrize("project", [Project, BuiltInSetup, BuiltInConfigureModel, OnPEFTModule])
 def test_beside_any_callback_in_any_order_it_trains_saves_and_resumes(
-    project, beside, first, data, trainer, tmp_path
+    project, beside, first, trainer, tmp_path
 ) -> None:
     def run(epochs: int, ckpt_path: Path | None = None) -> L.LightningModule:
         torch.manual_seed(0)
@@ -96,7 +84,7 @@ def test_beside_any_callback_in_any_order_it_trains_saves_and_resumes(
             callbacks.reverse()
         save = ModelCheckpoint(tmp_path, f"{epochs}")
         fitting = trainer(*callbacks, save, max_epochs=epochs, enable_progress_bar=beside == "rich")
-        fitting.fit(model, datamodule=Data(data), ckpt_path=ckpt_path)
+        fitting.fit(model, datamodule=ProjectData(), ckpt_path=ckpt_path)
         return model
 
     run(2)
