@@ -41,6 +41,8 @@ class Intent:
     frozen_mode: FrozenMode = "train"
     base_weights: str | Path | None = None
     watch: GradientWatch | None = None
+    fitting: bool = False
+    """Whether ``fit`` is past its start."""
 
 
 class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -61,6 +63,7 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
             check_optimizers(self.trainer, self)
             check_content(self, intent_of(self).checkpoint)
             intent_of(self).watch = GradientWatch(self)
+        intent_of(self).fitting = True
 
     def on_train_start(self) -> None:
         """Put the base into its mode; not sooner, since Lightning warns of modules in eval mode when a fit starts."""
@@ -98,7 +101,11 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
         super().on_save_checkpoint(checkpoint)
         if has_adapters(self):
             check_all_is_saved(self)
-            keep_content(self, checkpoint, intent_of(self).checkpoint)
+            # The callbacks that search for a learning rate or a batch size save before the start, to go back there.
+            searching = (
+                bool(self._trainer) and self.trainer.state.fn == TrainerFn.FITTING and not intent_of(self).fitting
+            )
+            keep_content(self, checkpoint, "adapter" if searching else intent_of(self).checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Attach what the checkpoint holds, or check that it fits what is attached."""

@@ -143,6 +143,18 @@ def test_a_merged_checkpoint_of_averaged_weights_holds_the_average(data, trainer
     torch.testing.assert_close(merged(x), model.eval()(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("beside", ["lr_finder", "batch_size_finder"])
+def test_a_search_goes_back_to_its_start_whatever_checkpoints_hold(beside, trainer, tmp_path) -> None:
+    model = Project()
+    model.lr = 1e-2
+    peft = PEFTCallback(LoRA(r=4), show=False, checkpoint="merged")
+    run = trainer(peft, BESIDE[beside](), ModelCheckpoint(tmp_path, "merged"))
+    run.fit(model, datamodule=ProjectData())
+    x = torch.randn(4, 16)
+    merged = Project.load_from_checkpoint(tmp_path / "merged.ckpt").eval()
+    torch.testing.assert_close(merged(x), model.eval()(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.filterwarnings(r"ignore:`?\.fit\(ckpt_path=")  # Lightning takes this for a run that was cut off
 def test_an_exception_leaves_a_checkpoint_to_go_on_from(data, trainer, peft, tmp_path) -> None:
     class Fails(Project):
