@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter
+from lightning_peft.core.padding import extract
 from lightning_peft.core.taps import Tap
 
 _SEQUENCES = ("last_hidden_state", "hidden_states", "logits", "prediction_logits")  # (..., length, features)
 _SPANS = ("start_logits", "end_logits")  # (batch, length)
-_Kept = Callable[[int], int]  # of so many tokens, how many stay
+_Cut = Callable[[Tensor, int], Tensor]  # what stays of a tensor that has tokens in this dimension
 
 
 class NamedOutput(InputAdapter):
@@ -59,8 +60,12 @@ class PromptCrop(OutputAdapter):
         lengths = self.lengths.take()
         if lengths is None:
             return y
-        new, total = lengths
-        return _crop(y, lambda size: min(size, new), lambda size: min(size, total))
+        new, total, padding = lengths
+        return _crop(
+            y,
+            lambda x, dim: extract(x, dim, min(x.shape[dim], new), padding),
+            lambda x, dim: extract(x, dim, min(x.shape[dim], total), padding),
+        )
 
 
 class EncoderCrop(OutputAdapter):
@@ -73,16 +78,16 @@ class EncoderCrop(OutputAdapter):
     def forward(self, x: Any, y: Any) -> Any:
         return _crop(y, self._text, self._text, "encoder_")
 
-    def _text(self, size: int) -> int:
-        return size - self.size
+    def _text(self, x: Tensor, dim: int) -> Tensor:
+        return extract(x, dim, x.shape[dim] - self.size)
 
 
-def _crop(output: Any, queries: _Kept, keys: _Kept, prefix: str = "") -> Any:
-    """``output`` with the last part alone of whatever has a place for each token.
+def _crop(output: Any, queries: _Cut, keys: _Cut, prefix: str = "") -> Any:
+    """``output`` with the text's part alone of whatever has a place for each token.
 
     Args:
         output: of a transformers model. What is none of those has no names, and stays as it is.
-        queries: how many of so many tokens stay.
+        queries: cuts what has a place for each token of the call.
         keys: the same for the tokens that are attended to.
         prefix: what names begin with, the others are left alone; but the encoder is also what a decoder attends to.
     """
@@ -95,21 +100,15 @@ def _crop(output: Any, queries: _Kept, keys: _Kept, prefix: str = "") -> Any:
     return type(output)(**fields)
 
 
-def _cropped(value: Any, kind: str, queries: _Kept, keys: _Kept) -> Any:
+def _cropped(value: Any, kind: str, queries: _Cut, keys: _Cut) -> Any:
     if isinstance(value, tuple):
         return tuple(_cropped(item, kind, queries, keys) for item in value)
     if not isinstance(value, Tensor):
         return value
     if kind in _SEQUENCES and value.dim() >= 3:
-        return _last(value, -2, queries)
+        return queries(value, -2)
     if kind in _SPANS:
-        return _last(value, -1, queries)
+        return queries(value, -1)
     if kind == "attentions":
-        return _last(_last(value, -2, queries), -1, keys)
-    return _last(value, -1, keys) if kind == "cross_attentions" else value
-
-
-def _last(x: Tensor, dim: int, kept: _Kept) -> Tensor:
-    """The last part of ``x``, contiguous as what the model put out, which callers may ``view`` in another shape."""
-    size = x.shape[dim]
-    return x.narrow(dim, size - kept(size), kept(size)).contiguous()
+        return keys(queries(value, -2), -1)
+    return keys(value, -1) if kind == "cross_attentions" else value

@@ -2,7 +2,8 @@
 
 The model is given placeholders before its token ids, and its embedding puts the learned vectors in their places, so
 masks, positions, pooling by token and the cache are the model's own work. What it puts out is cut to the length that
-the caller has sent.
+the caller has sent. Where a row begins with padding, the virtual tokens come behind that; but not in an encoder that a
+decoder follows, whose texts are padded at their end.
 """
 
 import inspect
@@ -16,6 +17,7 @@ from lightning_peft.core.adapter import InputAdapter, OutputAdapter
 from lightning_peft.core.cropping import EncoderCrop, NamedOutput, PlainOutput, PromptCrop
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.method import Placement
+from lightning_peft.core.padding import insert, left_padding, overwrite
 from lightning_peft.core.positions import check_room, free_positions, position_modules
 from lightning_peft.core.slots import CHILD, adapter_name
 from lightning_peft.core.taps import Tap
@@ -78,7 +80,7 @@ def place_prompt(
     vectors, lengths, plain = Tap(), Tap(), Tap()
     room = min(((free, table) for table, module in tables if (free := free_positions(module))), default=None)
     placements = [
-        Placement(at, PromptInput(prompt, size, reader, _placeholder(pretrained), vectors, lengths, room)),
+        Placement(at, PromptInput(prompt, size, pretrained, vectors, lengths, room)),
         Placement(path_of(model, embedding_of(pretrained)), PromptEmbedding(prompt, size, vectors), "embedding"),
         Placement(path, NamedOutput(pretrained, plain), "names"),
         Placement(path, PlainOutput(plain), "plain"),
@@ -95,12 +97,11 @@ def place_prompt(
 class PromptInput(InputAdapter):
     """Makes room for the virtual tokens in everything that the model is called with."""
 
-    def __init__(
-        self, prompt: nn.Module, size: int, reader: nn.Module, placeholder: int, vectors: Tap, lengths: Tap, room: Any
-    ) -> None:
+    def __init__(self, prompt: nn.Module, size: int, pretrained: Any, vectors: Tap, lengths: Tap, room: Any) -> None:
         super().__init__()
-        self.prompt, self.size, self.placeholder, self.room = prompt, size, placeholder, room
-        self.vectors, self.lengths = vectors, lengths
+        self.prompt, self.size, self.placeholder, self.room = prompt, size, _placeholder(pretrained), room
+        self.vectors, self.lengths, self.crossing = vectors, lengths, pretrained.config.is_encoder_decoder
+        reader = pretrained.get_encoder() if self.crossing else pretrained
         self._reader = (reader,)  # in a tuple: it stays the base's module, not one of this adapter
         self.order = list(inspect.signature(reader.forward).parameters)
 
@@ -113,29 +114,33 @@ class PromptInput(InputAdapter):
         past = 0 if cache is None else int(cache.get_seq_length())
         shape = embeds.shape[:-1] if embeds is not None else ids.shape  # type: ignore[union-attr]
         self._check(past + shape[-1] + (0 if past else self.size))
-        mask = self._mask(call, len(shape))
+        padding = self._padding(call, len(shape))
         text = self._text_in(past, shape[-1], call) if past else shape[-1]
-        call = {**call, **mask, **self._moved(call, new=not past)}
-        self.lengths.value = shape[-1], text
+        if call.get("attention_mask") is not None:
+            call["attention_mask"] = self._inserted(call["attention_mask"], 1, padding)
+        call.update(self._moved(call, padding, new=not past))
+        self.lengths.value = shape[-1], text, padding
         if past:  # the virtual tokens are in the cache: only what speaks of the whole text is to know of them
             return (), call
         if embeds is not None:
             vectors = self.prompt().to(embeds.dtype).expand(*shape[:-1], -1, -1)
-            call["inputs_embeds"] = torch.cat([vectors, embeds], -2)
+            call["inputs_embeds"] = insert(embeds, vectors, padding, -2)
         if ids is not None:
             prompts = self._acting()
             start = sum(prompt.size for prompt in prompts[prompts.index(self) + 1 :])  # those go before this one
             rows, total = math.prod(shape[:-1]), start + self.size + shape[-1]
-            self.vectors.value = (start, rows, total) if embeds is None else None
-            call["input_ids"] = self._before(ids, self.placeholder)
+            self.vectors.value = (start, rows, total, padding) if embeds is None else None
+            call["input_ids"] = self._inserted(ids, self.placeholder, padding)
         if call.get("token_type_ids") is not None:
-            call["token_type_ids"] = self._before(call["token_type_ids"], 0)
+            call["token_type_ids"] = self._inserted(call["token_type_ids"], 0, padding)
         labels = call.get("labels")
         if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
-            call["labels"] = self._before(labels, _IGNORED)
+            call["labels"] = self._inserted(labels, _IGNORED, padding)
         for name in _PLACES:
             if call.get(name) is not None:
-                call[name] = call[name].clamp(min=0) + self.size  # models take what is below 0 for the first token
+                place = call[name].clamp(min=0)  # models take what is below 0 for the first token
+                behind = place >= (0 if padding is None else padding.view_as(place))
+                call[name] = place + self.size * behind
         kept = call.get("logits_to_keep")
         if isinstance(kept, Tensor):
             call["logits_to_keep"] = torch.where(kept < 0, kept, kept + self.size)
@@ -167,30 +172,29 @@ class PromptInput(InputAdapter):
             if adapter_name(slot) == name and isinstance(adapter, PromptInput)
         ]
 
-    def _mask(self, call: dict[str, Any], dims: int) -> dict[str, Tensor]:
+    def _padding(self, call: dict[str, Any], dims: int) -> Tensor | None:
         mask = call.get("attention_mask")
-        if mask is None:
-            return {}
-        if not isinstance(mask, Tensor) or mask.dim() != dims:
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != dims):
             raise NotApplicableError(
                 "Virtual tokens need an attention mask of shape (batch, tokens), and this model was called with "
                 f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. In generate, leave "
                 "cache_implementation at its default."
             )
-        return {"attention_mask": self._before(mask, 1)}
+        return None if self.crossing else left_padding(mask)
 
-    def _moved(self, call: dict[str, Any], new: bool = False) -> dict[str, Tensor]:
+    def _moved(self, call: dict[str, Any], padding: Tensor | None, new: bool) -> dict[str, Tensor]:
         """Positions behind the virtual tokens, with those of the tokens themselves if they are new."""
         moved = {}
         for name in ("position_ids", "cache_position"):
             if (positions := call.get(name)) is not None:
                 own = torch.arange(self.size, device=positions.device, dtype=positions.dtype)
                 own = own.expand(*positions.shape[:-1], -1)
-                moved[name] = torch.cat([own, positions + self.size], -1) if new else positions + self.size
+                later = positions + self.size
+                moved[name] = insert(later, own, padding) if new else later
         return moved
 
-    def _before(self, x: Tensor, value: int) -> Tensor:
-        return torch.cat([x.new_full((*x.shape[:-1], self.size), value), x], -1)
+    def _inserted(self, x: Tensor, value: int, padding: Tensor | None) -> Tensor:
+        return insert(x, x.new_full((*x.shape[:-1], self.size), value), padding)
 
     def _check(self, length: int) -> None:
         if self.room and length > self.room[0]:
@@ -214,7 +218,7 @@ class PromptEmbedding(OutputAdapter):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if (place := self.vectors.take()) is None:
             return y
-        start, rows, total = place
+        start, rows, total, padding = place
         # More columns are padding of the model's own, behind the text (Longformer).
         if math.prod(x.shape[:-1]) != rows or x.shape[-1] < total:
             raise NotApplicableError(
@@ -222,7 +226,7 @@ class PromptEmbedding(OutputAdapter):
                 "virtual ones included: they have no place before the text. Use LoRA or BottleneckAdapter."
             )
         vectors = self._prompt[0]().to(y.dtype).expand(*y.shape[:-2], -1, -1)
-        return torch.cat([y[..., :start, :], vectors, y[..., start + self.size :, :]], -2)
+        return overwrite(y, vectors, start, padding)
 
 
 class CrossMask(InputAdapter):
