@@ -62,6 +62,10 @@ class Method(ABC):
             PEFTError: the method does not fit the model.
         """
 
+    def planner_of(self, part: str) -> "Method":
+        """The method that planned the adapter with this :attr:`Placement.part`, where methods plan with others."""
+        return self
+
     def ejected(self) -> "Method":
         """The method that describes its adapters after :func:`~lightning_peft.eject`."""
         return self

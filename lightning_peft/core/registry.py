@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import Method
-from lightning_peft.core.slots import AdapterSlots, adapter_name
+from lightning_peft.core.slots import AdapterSlots, adapter_name, part_name
 from lightning_peft.errors import AdapterNameError, did_you_mean
 
 _ATTRIBUTE = "_peft_registry"
@@ -42,10 +42,15 @@ class Registry:
 
     def adapters(self, name: str) -> Iterator[tuple[str, Adapter]]:
         """Yield (path of the host, adapter) for every slot of adapter ``name``."""
+        for path, _, adapter in self.parts(name):
+            yield path, adapter
+
+    def parts(self, name: str) -> Iterator[tuple[str, str, Adapter]]:
+        """Yield (path of the host, part, adapter) for every slot of adapter ``name``."""
         for path, slots in self.slots.items():
             for slot, adapter in slots._modules.items():
                 if adapter_name(slot) == name and isinstance(adapter, Adapter):
-                    yield path, adapter
+                    yield path, part_name(slot), adapter
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Let exactly ``names`` act, in that order."""

@@ -26,6 +26,7 @@ class HostRow:
     adapter: str
     """Name of the adapter."""
     adapter_type: str
+    """The method that planned it, or ``"trained whole"``."""
     trainable: int
 
 
@@ -101,11 +102,12 @@ def report(model: nn.Module) -> Report:
     saved: set[str] = set()
     for prefix, owner, registry in registries(model):
         for name, attachment in registry.attachments.items():
-            for path, adapter in registry.adapters(name):
+            for path, part, adapter in registry.parts(name):
                 if not any(True for _ in adapter.parameters()):
                     continue  # it only hands on what another one needs
                 host = owner.get_submodule(path)
-                kind = "trained whole" if isinstance(adapter, SavedParameters) else type(attachment.method).__name__
+                whole = isinstance(adapter, SavedParameters)
+                kind = "trained whole" if whole else type(attachment.method.planner_of(part)).__name__
                 trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
                 hosts.append(HostRow(_join(prefix, path), type(host).__name__, name, kind, trainable))
             left_out += [(_join(prefix, path), reason) for path, reason in attachment.left_out]

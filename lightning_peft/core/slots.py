@@ -115,6 +115,11 @@ def adapter_name(slot: str) -> str:
     return slot.partition(":")[0]
 
 
+def part_name(slot: str) -> str:
+    """Which of an adapter's several on one host it is: ``"out_proj"`` of ``"default:out_proj"``, else empty."""
+    return slot.partition(":")[2]
+
+
 def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:
     """Yield ``(path, host, slots)`` for every host below ``model`` (itself included) that carries adapters."""
     for path, module in model.named_modules():

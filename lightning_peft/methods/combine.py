@@ -85,6 +85,10 @@ class Combine(Method):
     def starts_as_base(self) -> bool:
         return all(method.starts_as_base for method in self.methods or ())
 
+    def planner_of(self, part: str) -> Method:
+        index, _, rest = part.partition("_")
+        return (self.methods or [])[int(index)].planner_of(rest)
+
     def ejected(self) -> "Combine":
         return replace(self, methods=[method.ejected() for method in self.methods or []])
 

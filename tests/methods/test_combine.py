@@ -106,6 +106,17 @@ def test_a_list_of_methods_trains_saves_and_loads(tmp_path: Path) -> None:
     before.assert_same(task.net.train())
 
 
+def test_a_report_names_the_method_of_each_adapter() -> None:
+    methods = [LoRA(r=2, target_modules=["query"]), BitFit(), LoRA(r=3), BottleneckAdapter(preset="pfeiffer")]
+    rows = inject(tiny_models.bert(), Combine(methods)).hosts
+    query = [(row.adapter_type, row.trainable) for row in rows if row.host.endswith("1.attention.self.query")]
+    assert query == [("LoRA", 64), ("BitFit", 16), ("LoRA", 96)]
+    assert {row.adapter_type for row in rows if row.host_type == "LayerNorm"} == {"BitFit", "BottleneckAdapter"}
+    report = inject(tiny_models.bert(max_position_embeddings=40), Combine(preset="mam"))
+    assert {row.adapter_type for row in report.hosts} == {"PrefixTuning", "BottleneckAdapter", "trained whole"}
+    assert "Combine" not in str(report)
+
+
 def test_the_adapters_state_fits_into_a_fresh_model() -> None:
     model = adapted(lora_and_prompt())
     file = io.BytesIO()
