@@ -109,7 +109,8 @@ class _Scope:
             return roles[pattern]
         below = {name for name in layers if f".{pattern}." in f".{name}."}
         exact = any(f".{name}".endswith(f".{pattern}") for name in layers)
-        matched = (below if exact else None) or roles.get(pattern) or below or match_names(pattern, layers)
+        matched = (below if exact else None) or roles.get(pattern) or below
+        matched = matched or match_names(pattern, layers, "target_modules")
         if matched:
             return matched
         if any(f".{pattern}." in f".{p.layer}." for p in self.every):

@@ -78,7 +78,8 @@ def select_modules(
     roles = find_roles(hosts)
     chosen: set[str] = set()
     for pattern in each_pattern(targets):
-        names = {name for name in runs if _ends_with(name, pattern)} or roles.get(pattern) or match_names(pattern, runs)
+        by_name = {name for name in runs if _ends_with(name, pattern)}
+        names = by_name or roles.get(pattern) or match_names(pattern, runs, "target_modules")
         if not names:
             raise TargetError(
                 f"target_modules: no module is called {pattern!r} in {type(model).__name__}."
@@ -110,7 +111,7 @@ def narrow(
     dropped: set[str] = set()
     for pattern in each_pattern(exclude):
         by_name = {name for name in among if f".{pattern}." in f".{name}."}
-        matched = by_name or (roles or {}).get(pattern) or match_names(pattern, among)
+        matched = by_name or (roles or {}).get(pattern) or match_names(pattern, among, "exclude_modules")
         if not matched:
             parts = {part for name in among for part in name.split(".")}
             raise TargetError(f"exclude_modules: {pattern!r} matches nothing.{did_you_mean(pattern, parts)}")
@@ -183,7 +184,7 @@ def each_pattern(patterns: Patterns) -> Iterator[str]:
 
 def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]], whole: Sequence[Host]) -> set[str]:
     by_name = {host.name for host in hosts if _ends_with(host.name, pattern) or _ends_with(host.path, pattern)}
-    matched = by_name or roles.get(pattern) or match_names(pattern, [host.name for host in hosts])
+    matched = by_name or roles.get(pattern) or match_names(pattern, [host.name for host in hosts], "target_modules")
     if not matched:
         if any(_ends_with(host.name, pattern) for host in whole):
             raise TargetError(
@@ -200,8 +201,8 @@ def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]
     return matched
 
 
-def match_names(pattern: str, names: Iterable[str]) -> set[str]:
-    """Those of ``names`` that the regular expression ``pattern`` matches whole.
+def match_names(pattern: str, names: Iterable[str], field: str) -> set[str]:
+    """Those of ``names`` that the regular expression ``pattern`` of a method's ``field`` matches whole.
 
     Raises:
         TargetError: it is no regular expression.
@@ -209,7 +210,9 @@ def match_names(pattern: str, names: Iterable[str]) -> set[str]:
     try:
         expression = re.compile(pattern)
     except re.error as error:
-        raise TargetError(f"{pattern!r} is neither the name of a layer nor a regular expression: {error}.") from error
+        raise TargetError(
+            f"{field}: {pattern!r} is neither the name of a layer nor a regular expression: {error}."
+        ) from error
     return {name for name in names if expression.fullmatch(name)}
 
 

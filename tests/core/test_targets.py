@@ -1,9 +1,24 @@
 """Selection by name, expression, role and layer; what matches nothing is an error that helps."""
 
+import itertools
+import re
+
 import pytest
 import tiny_models
+from snapshot import Snapshot
 from torch import nn
 
+from lightning_peft import (
+    IA3,
+    BitFit,
+    BottleneckAdapter,
+    LayerNormTuning,
+    LoRA,
+    PrefixTuning,
+    SelectiveTuning,
+    inject,
+)
+from lightning_peft.core.method import Method
 from lightning_peft.core.targets import layer_index, match_modules, matches_end, pattern_value, select_hosts
 from lightning_peft.errors import TargetError
 
@@ -146,12 +161,35 @@ def test_nothing_below_a_module_that_is_trained_whole_is_chosen(bert: nn.Module)
         (["query", "qvalue"], "'qvalue' matches no layer. Did you mean 'value'"),
         (["zzz"], r"'zzz' matches no layer. Layers here: .*word_embeddings \(Embedding\).*query \(Linear\)"),
         (["query", ".*missing"], "'.*missing' matches no layer"),
-        ("(", "'\\(' is neither the name of a layer nor a regular expression"),
+        ("(", r"^target_modules: '\(' is neither the name of a layer nor a regular expression: missing \)"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_an_error(bert: nn.Module, targets: list[str] | str, message: str) -> None:
     with pytest.raises(TargetError, match=message):
         _names(bert, targets)
+
+
+@pytest.mark.parametrize(
+    ("method", "field"),
+    [
+        *itertools.product(
+            [LoRA, IA3, BottleneckAdapter, BitFit, LayerNormTuning, SelectiveTuning],
+            ["target_modules", "exclude_modules", "modules_to_save"],
+        ),
+        (PrefixTuning, "exclude_modules"),
+        (PrefixTuning, "modules_to_save"),
+        (IA3, "feedforward_modules"),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["conv(", "*.dense"])
+def test_of_a_malformed_expression_the_field_and_the_value_are_named(
+    bert: nn.Module, method: type[Method], field: str, pattern: str
+) -> None:
+    before = Snapshot(bert)
+    chosen = {"target_modules": ["query"]} if field == "feedforward_modules" else {}
+    with pytest.raises(TargetError, match=rf"^{field}: .*{re.escape(repr(pattern))}"):
+        inject(bert, method(**{**chosen, field: [pattern]}))
+    before.assert_same(bert)
 
 
 def test_an_exclusion_that_matches_nothing_is_an_error(bert: nn.Module) -> None:
