@@ -11,6 +11,19 @@ from lightning_peft import inject
 from lightning_peft.core.method import Method
 
 Run = Callable[[nn.Module], Tensor]
+IDS = torch.tensor([[5, 9, 7, 3], [8, 4, 6, 1]])
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Run a model of transformers on two texts."""
+    scores: Tensor = model(IDS).logits
+    return scores
+
+
+def translated(model: nn.Module) -> Tensor:
+    """Run an encoder-decoder model on two texts and the beginnings of two others."""
+    scores: Tensor = model(IDS, decoder_input_ids=IDS[:, :3]).logits
+    return scores
 
 
 def trained(model: nn.Module, run: Run, steps: int = 3, weight_decay: float = 0.1) -> list[float]:

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 import transformers as hf
-from plain_training import Run, assert_trains_as_plain_torch, randomise, trained
+from plain_training import Run, assert_trains_as_plain_torch, logits, randomise, trained, translated
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
@@ -44,25 +44,17 @@ def _encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2)
 
 
-def _ids(model: nn.Module) -> Tensor:
-    return model(torch.tensor([[5, 9, 7, 3], [8, 4, 6, 1]])).logits
-
-
-def _translated(model: nn.Module) -> Tensor:
-    return model(torch.tensor([[5, 9, 7, 3]]), decoder_input_ids=torch.tensor([[1, 8, 4]])).logits
-
-
 def _called(*shapes: tuple[int, ...]) -> Run:
     inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
     return lambda model: getattr(output := model(*inputs), "logits", output)
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Run]] = {
-    "bert": (tiny_models.bert, _ids),
-    "gpt2": (tiny_models.gpt2, _ids),
-    "deberta": (tiny_models.deberta, _ids),
+    "bert": (tiny_models.bert, logits),
+    "gpt2": (tiny_models.gpt2, logits),
+    "deberta": (tiny_models.deberta, logits),
     "vit": (tiny_models.vit, _called((2, 3, 8, 8))),
-    "bart": (tiny_models.bart, _translated),
+    "bart": (tiny_models.bart, translated),
     "lstm": (lambda: Recurrent(nn.LSTM), _called((3, 4, 6))),
     "gru": (lambda: Recurrent(nn.GRU), _called((3, 4, 6))),
     "attention": (Attention, _called((2, 5, 8), (2, 4, 8), (2, 4, 8))),
@@ -130,10 +122,10 @@ def test_the_head_of_a_language_model_is_pretrained_and_trains_its_bias_once() -
     """The head holds its bias under two names."""
     model = tiny_models.bert(hf.BertForMaskedLM)
     assert model.cls.predictions.bias is model.cls.predictions.decoder.bias
-    assert_trains_as_plain_torch(model, BitFit(), _biases(model), _ids)
-    expected = _ids(model)
+    assert_trains_as_plain_torch(model, BitFit(), _biases(model), logits)
+    expected = logits(model)
     merge(model)
-    torch.testing.assert_close(_ids(model), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert model.cls.predictions.bias is model.cls.predictions.decoder.bias
 
 
@@ -190,7 +182,7 @@ def test_beside_a_bf16_base_biases_train_in_full_precision() -> None:
     with torch.no_grad():
         value.add_(1e-4)  # less than bf16 can tell from the value itself
     assert not torch.equal(value, start)
-    assert _ids(model).dtype == torch.bfloat16
+    assert logits(model).dtype == torch.bfloat16
 
 
 def test_running_statistics_stay_while_the_bias_of_a_batchnorm_trains() -> None:

@@ -8,15 +8,13 @@ import pytest
 import tiny_models
 import torch
 from peft import LNTuningConfig, get_peft_model
-from plain_training import Run, assert_trains_as_plain_torch, trained
+from plain_training import IDS, Run, assert_trains_as_plain_torch, logits, trained, translated
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
 from lightning_peft import LayerNormTuning, LoRA, disabled, inject, merge, remove
 from lightning_peft.core.norms import find_norms
 from lightning_peft.errors import NotApplicableError, TargetError
-
-IDS = torch.tensor([[5, 9, 7, 3], [8, 4, 6, 1]])
 
 
 class Normed(nn.Module):
@@ -42,23 +40,15 @@ def _image(model: nn.Module) -> Tensor:
     return getattr(output, "logits", output)
 
 
-def _ids(model: nn.Module) -> Tensor:
-    return model(IDS).logits
-
-
 def _pixels(model: nn.Module) -> Tensor:
     return model(torch.linspace(-9, 9, 384).sin().view(2, 3, 8, 8)).logits
 
 
-def _translated(model: nn.Module) -> Tensor:
-    return model(IDS, decoder_input_ids=IDS[:, :3]).logits
-
-
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Run]] = {
-    "bert": (tiny_models.bert, _ids),
-    "llama": (tiny_models.llama, _ids),
-    "gpt2": (tiny_models.gpt2, _ids),
-    "t5": (tiny_models.t5, _translated),
+    "bert": (tiny_models.bert, logits),
+    "llama": (tiny_models.llama, logits),
+    "gpt2": (tiny_models.gpt2, logits),
+    "t5": (tiny_models.t5, translated),
     "vit": (tiny_models.vit, _pixels),
     "torch": (Normed, _image),
 }
@@ -184,10 +174,10 @@ def test_it_acts_beside_another_method() -> None:
     model = tiny_models.bert().eval()
     inject(model, LoRA(r=2, target_modules=["query"], modules_to_save=None), "lora")
     inject(model, LayerNormTuning(), "norms")
-    assert len(trained(model, _ids)) == 3
-    both = _ids(model)
+    assert len(trained(model, logits)) == 3
+    both = logits(model)
     remove(model, "lora")
-    assert (_ids(model) - both).abs().max() > 1e-4
+    assert (logits(model) - both).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

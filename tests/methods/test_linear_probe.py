@@ -7,18 +7,12 @@ import pytest
 import tiny_models
 import torch
 import transformers as hf
-from plain_training import assert_trains_as_plain_torch, trained
+from plain_training import IDS, assert_trains_as_plain_torch, logits, trained
 from snapshot import Snapshot
 from torch import Tensor, nn
 
 from lightning_peft import LinearProbe, Method, inject, merge, remove
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
-
-IDS = torch.tensor([[5, 9, 7, 3], [8, 4, 6, 1]])
-
-
-def _ids(model: nn.Module) -> Tensor:
-    return model(IDS).logits
 
 
 def _net() -> nn.Module:
@@ -30,10 +24,10 @@ def _x(model: nn.Module) -> Tensor:
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Any, list[str], Callable[[nn.Module], Tensor]]] = {
-    "bert": (tiny_models.bert, "auto", ["classifier.weight", "classifier.bias"], _ids),
-    "gpt2": (lambda: tiny_models.gpt2(hf.GPT2ForTokenClassification), "auto", None, _ids),
+    "bert": (tiny_models.bert, "auto", ["classifier.weight", "classifier.bias"], logits),
+    "gpt2": (lambda: tiny_models.gpt2(hf.GPT2ForTokenClassification), "auto", None, logits),
     "named": (_net, ["2"], ["2.weight", "2.bias"], _x),
-    "tied": (tiny_models.llama, ["lm_head"], ["lm_head.weight"], _ids),
+    "tied": (tiny_models.llama, ["lm_head"], ["lm_head.weight"], logits),
 }
 
 
@@ -55,7 +49,7 @@ def test_a_tied_head_trains_alone() -> None:
     report = inject(model, LinearProbe(modules_to_save=["lm_head"]))
     assert report.trainable == 40 * 16
     hidden = model.model(IDS).last_hidden_state
-    trained(model, _ids)
+    trained(model, logits)
     assert torch.equal(model.model(IDS).last_hidden_state, hidden)
 
 
@@ -72,7 +66,7 @@ def test_no_gradient_is_computed_below_the_head() -> None:
     inject(model, LinearProbe())
     seen: list[bool] = []
     model.classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0].requires_grad))
-    _ids(model).sum().backward()
+    logits(model).sum().backward()
     assert seen == [False]
 
 
@@ -80,7 +74,7 @@ def test_removed_every_bit_of_the_base_is_back() -> None:
     model = tiny_models.bert()
     before = Snapshot(model)
     inject(model, LinearProbe())
-    trained(model, _ids)
+    trained(model, logits)
     remove(model)
     before.assert_same(model)
 
