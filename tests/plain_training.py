@@ -5,9 +5,10 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from snapshot import Snapshot
 from torch import Tensor, nn
 
-from lightning_peft import inject
+from lightning_peft import disabled, inject, remove
 from lightning_peft.core.method import Method
 
 Run = Callable[[nn.Module], Tensor]
@@ -72,6 +73,18 @@ def assert_trains_as_plain_torch(model: nn.Module, method: Method, names: Collec
     torch.testing.assert_close(torch.tensor(trained(model, run)), torch.tensor(losses), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(run(model), run(expected), rtol=1e-3, atol=1e-5)
     return model
+
+
+def assert_leaves_no_trace(model: nn.Module, method: Method, run: Run) -> None:
+    """Train ``method`` on ``model``: disabled the base computes as before, removed it is what it was, bit for bit."""
+    before, expected = Snapshot(model.eval()), run(model).detach()
+    inject(model, method)
+    trained(model, run)
+    assert (run(model) - expected).abs().max() > 1e-3
+    with disabled(model):
+        torch.testing.assert_close(run(model), expected)
+    remove(model)
+    before.assert_same(model)
 
 
 def masked(model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:

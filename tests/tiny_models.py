@@ -10,9 +10,9 @@ from torch import nn
 
 WIDTH, FFN, VOCABULARY, POSITIONS = 16, 24, 40, 20
 
-_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # Transformers' usual 0.02 would leave the logits of so narrow a model next to zero, and a wrong weight hard to see.
-_ENCODER = {
+SIZES = {
     "hidden_size": WIDTH,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -36,11 +36,11 @@ _SEQ2SEQ = {
 
 
 def bert(head: type = hf.BertForSequenceClassification, **fields: Any) -> nn.Module:
-    return head(hf.BertConfig(**{**_ENCODER, **fields}))
+    return head(hf.BertConfig(**{**SIZES, **fields}))
 
 
 def roberta(head: type = hf.RobertaForSequenceClassification, **fields: Any) -> nn.Module:
-    return head(hf.RobertaConfig(**{**_ENCODER, **_TOKENS, **fields}))
+    return head(hf.RobertaConfig(**{**SIZES, **TOKENS, **fields}))
 
 
 def distilbert(head: type = hf.DistilBertForSequenceClassification, **fields: Any) -> nn.Module:
@@ -50,35 +50,35 @@ def distilbert(head: type = hf.DistilBertForSequenceClassification, **fields: An
 
 def deberta(head: type = hf.DebertaV2ForSequenceClassification, **fields: Any) -> nn.Module:
     relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8}
-    return head(hf.DebertaV2Config(**{**_ENCODER, **relative, "share_att_key": True, **fields}))
+    return head(hf.DebertaV2Config(**{**SIZES, **relative, "share_att_key": True, **fields}))
 
 
 def gpt2(head: type = hf.GPT2LMHeadModel, **fields: Any) -> nn.Module:
     sizes = {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": POSITIONS}
-    return head(hf.GPT2Config(**{**sizes, **_TOKENS, "initializer_range": 0.2, **fields}))
+    return head(hf.GPT2Config(**{**sizes, **TOKENS, "initializer_range": 0.2, **fields}))
 
 
 def llama(head: type = hf.LlamaForCausalLM, **fields: Any) -> nn.Module:
     """Grouped-query attention (two query heads share one key and value head); the output is tied to the embedding."""
     grouped = {"num_key_value_heads": 1, "tie_word_embeddings": True}
-    return head(hf.LlamaConfig(**{**_ENCODER, **_TOKENS, **grouped, **fields}))
+    return head(hf.LlamaConfig(**{**SIZES, **TOKENS, **grouped, **fields}))
 
 
 def qwen3(head: type = hf.Qwen3ForCausalLM, **fields: Any) -> nn.Module:
     """Heads wider than width / heads; normalised queries and keys."""
-    return head(hf.Qwen3Config(**{**_ENCODER, **_TOKENS, "num_key_value_heads": 1, "head_dim": 12, **fields}))
+    return head(hf.Qwen3Config(**{**SIZES, **TOKENS, "num_key_value_heads": 1, "head_dim": 12, **fields}))
 
 
 def gemma3(head: type = hf.Gemma3ForCausalLM, **fields: Any) -> nn.Module:
     """A layer that sees the last four tokens, then one that sees all; the output is tied to the embedding."""
     heads = {"num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 12}
     window = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
-    return head(hf.Gemma3TextConfig(**{**_ENCODER, **_TOKENS, **heads, **window, **fields}))
+    return head(hf.Gemma3TextConfig(**{**SIZES, **TOKENS, **heads, **window, **fields}))
 
 
 def mistral(head: type = hf.MistralForCausalLM, **fields: Any) -> nn.Module:
     """Every layer sees the last four tokens alone."""
-    return head(hf.MistralConfig(**{**_ENCODER, **_TOKENS, "num_key_value_heads": 1, "sliding_window": 4, **fields}))
+    return head(hf.MistralConfig(**{**SIZES, **TOKENS, "num_key_value_heads": 1, "sliding_window": 4, **fields}))
 
 
 def t5(head: type = hf.T5ForConditionalGeneration, **fields: Any) -> nn.Module:
@@ -87,18 +87,18 @@ def t5(head: type = hf.T5ForConditionalGeneration, **fields: Any) -> nn.Module:
 
 
 def bart(head: type = hf.BartForConditionalGeneration, **fields: Any) -> nn.Module:
-    return head(hf.BartConfig(**{**_SEQ2SEQ, **_TOKENS, "max_position_embeddings": POSITIONS, **fields}))
+    return head(hf.BartConfig(**{**_SEQ2SEQ, **TOKENS, "max_position_embeddings": POSITIONS, **fields}))
 
 
 def whisper(head: type = hf.WhisperForConditionalGeneration, **fields: Any) -> nn.Module:
     sizes = {"num_mel_bins": 8, "max_source_positions": 8, "max_target_positions": POSITIONS}
-    return head(hf.WhisperConfig(**{**_SEQ2SEQ, **_TOKENS, **sizes, **fields}))
+    return head(hf.WhisperConfig(**{**_SEQ2SEQ, **TOKENS, **sizes, **fields}))
 
 
 def vit(head: type = hf.ViTForImageClassification, **fields: Any) -> nn.Module:
-    sizes = {key: _ENCODER[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    sizes = {key: SIZES[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     return head(hf.ViTConfig(**{**sizes, "intermediate_size": FFN, "image_size": 8, "patch_size": 4, **fields}))
 
 
 def clip_text(head: type = hf.CLIPTextModel, **fields: Any) -> nn.Module:
-    return head(hf.CLIPTextConfig(**{**_ENCODER, **_TOKENS, **fields}))
+    return head(hf.CLIPTextConfig(**{**SIZES, **TOKENS, **fields}))

@@ -103,6 +103,35 @@ class Method(ABC):
         ):
             raise self.invalid(name, "a list of layer indices, or None for all")
 
+    def check_flags(self, *names: str) -> None:
+        """Raise unless each of these fields is True or False.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for name in names:
+            if type(getattr(self, name)) is not bool:
+                raise self.invalid(name, "true or false")
+
+    def check_counts(self, *names: str) -> None:
+        """Raise unless each of these fields is a whole number from 1 on.
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for name in names:
+            if type(value := getattr(self, name)) is not int or value < 1:
+                raise self.invalid(name, "at least 1 and whole")
+
+    def check_probability(self, name: str) -> None:
+        """Raise unless this field is a number from 0 to 1, 1 excluded.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if not (is_number(value := getattr(self, name)) and 0 <= value < 1):
+            raise self.invalid(name, "a probability: at least 0, less than 1")
+
     @classmethod
     def field_names(cls) -> list[str]:
         """The names of this method's fields."""
@@ -204,6 +233,11 @@ def registered_methods(base: type[Method] = Method) -> Iterator[type[Method]]:
         if not getattr(cls, "__abstractmethods__", None):
             yield cls
         yield from registered_methods(cls)
+
+
+def is_number(value: object) -> bool:
+    """Whether a field's value is a number; to Python, True and False are as well."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _primitive(value: Any) -> Any:

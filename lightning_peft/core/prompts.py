@@ -8,6 +8,7 @@ decoder follows, whose texts are padded at their end.
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter
 from lightning_peft.core.cropping import EncoderCrop, NamedOutput, PlainOutput, PromptCrop
 from lightning_peft.core.heads import pretrained_models
-from lightning_peft.core.method import Placement
+from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.padding import insert, left_padding, overwrite
 from lightning_peft.core.positions import check_room, free_positions, position_modules
 from lightning_peft.core.slots import CHILD, adapter_name
@@ -27,12 +28,31 @@ _IGNORED = -100  # the label that transformers' losses leave out
 _PLACES = ("start_positions", "end_positions", "mc_token_ids")  # arguments that count tokens from the first one
 
 
-def token_models(name: str, model: nn.Module) -> list[tuple[str, Any]]:
-    """The parts of ``model`` that read token ids and can be given virtual ones: whole models, or their encoders.
+def plan_prompts(name: str, model: nn.Module, size: int, build: Callable[[nn.Embedding], nn.Module]) -> Plan:
+    """Put virtual tokens before the text of every transformers model in ``model``.
+
+    Args:
+        name: the method's, for messages.
+        model: the network.
+        size: virtual tokens.
+        build: makes the prompt of a model from its token embedding; called without arguments, a prompt gives the
+            vectors (size, features).
 
     Raises:
-        NotApplicableError: there is none.
+        NotApplicableError: there is no model that reads token ids.
+        ConfigError: they leave no room in a model's position table.
     """
+    return Plan(
+        [
+            placement
+            for path, pretrained in _token_models(name, model)
+            for placement in _place_prompt(name, model, path, pretrained, build(_embedding_of(pretrained)), size)
+        ]
+    )
+
+
+def _token_models(name: str, model: nn.Module) -> list[tuple[str, Any]]:
+    """The parts of ``model`` that read token ids and can be given virtual ones: whole models, or their encoders."""
     found: list[tuple[str, Any]] = []
     reason = f"{type(model).__name__} holds no transformers model"
     for path, pretrained in pretrained_models(model):
@@ -48,32 +68,20 @@ def token_models(name: str, model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
-def embedding_of(pretrained: Any) -> nn.Embedding:
+def _embedding_of(pretrained: Any) -> nn.Embedding:
     """The token embedding before which a prompt is put."""
     reader = pretrained.get_encoder() if pretrained.config.is_encoder_decoder else pretrained
     embedding: nn.Embedding = reader.get_input_embeddings()
     return embedding
 
 
-def place_prompt(
+def _place_prompt(
     name: str, model: nn.Module, path: str, pretrained: Any, prompt: nn.Module, size: int
 ) -> list[Placement]:
-    """The adapters that put ``prompt`` before the text of the transformers model at ``path``.
-
-    Args:
-        name: the method's, for messages.
-        model: the network.
-        path: path of ``pretrained`` in it.
-        pretrained: one of :func:`token_models`.
-        prompt: called without arguments, gives the vectors (size, features).
-        size: virtual tokens.
-
-    Raises:
-        ConfigError: they leave no room in the model's position table.
-    """
+    """The adapters that put ``prompt`` before the text of the transformers model at ``path``."""
     crossing = pretrained.config.is_encoder_decoder
     reader = pretrained.get_encoder() if crossing else pretrained
-    at = path_of(model, reader)
+    at = _path_of(model, reader)
     tables = [(f"{at}.{table}" if at else table, module) for table, module in position_modules(reader)]
     for table, module in tables:
         check_room(name, size, table, module)
@@ -81,13 +89,13 @@ def place_prompt(
     room = min(((free, table) for table, module in tables if (free := free_positions(module))), default=None)
     placements = [
         Placement(at, PromptInput(prompt, size, pretrained, vectors, lengths, room)),
-        Placement(path_of(model, embedding_of(pretrained)), PromptEmbedding(prompt, size, vectors), "embedding"),
+        Placement(_path_of(model, _embedding_of(pretrained)), PromptEmbedding(prompt, size, vectors), "embedding"),
         Placement(path, NamedOutput(pretrained, plain), "names"),
         Placement(path, PlainOutput(plain), "plain"),
     ]
     if crossing:
         decoder = pretrained.get_decoder()
-        placements.append(Placement(path_of(model, decoder), CrossMask(size, decoder), "mask"))
+        placements.append(Placement(_path_of(model, decoder), CrossMask(size, decoder), "mask"))
         placements.append(Placement(path, EncoderCrop(size), "crop"))
     else:
         placements.append(Placement(path, PromptCrop(lengths), "crop"))
@@ -259,7 +267,7 @@ def _recurs(call: dict[str, Any]) -> bool:
 
 def _placeholder(pretrained: Any) -> int:
     """An id that no model takes for padding or the end of a text, neither by its meaning nor by being the largest."""
-    embedding, config = embedding_of(pretrained), pretrained.config
+    embedding, config = _embedding_of(pretrained), pretrained.config
     special: set[Any] = {embedding.padding_idx}
     for name in ("pad_token_id", "eos_token_id", "bos_token_id", "sep_token_id", "cls_token_id"):
         ids = getattr(config, name, None)
@@ -267,7 +275,7 @@ def _placeholder(pretrained: Any) -> int:
     return next(i for i in range(embedding.num_embeddings) if i not in special)
 
 
-def path_of(model: nn.Module, wanted: nn.Module) -> str:
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
     """The path of a module in ``model``."""
     paths: dict[int, str] = {id(module): path for path, module in model.named_modules()}
     return paths[id(wanted)]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter, adapter_dtype
 from lightning_peft.core.gate import Gate
-from lightning_peft.core.method import Placement, Plan, TargetedMethod
+from lightning_peft.core.method import Placement, Plan, TargetedMethod, is_number
 from lightning_peft.core.residuals import Sublayer, find_sublayers
 from lightning_peft.core.taps import Capture, Tap
 from lightning_peft.core.targets import narrow, select_modules
@@ -120,9 +120,7 @@ class BottleneckAdapter(TargetedMethod):
         for name in ("after_attention", "after_ffn"):
             if not isinstance(self.choice(name), bool):
                 raise self.invalid(name, "true, false, or null for the preset's")
-        for name in ("after_cross_attention", "gating"):
-            if type(getattr(self, name)) is not bool:
-                raise self.invalid(name, "true or false")
+        self.check_flags("after_cross_attention", "gating")
         for name, known in {
             "reads": ("output", "sum", "input"),
             "residual": ("before", "after"),
@@ -133,14 +131,13 @@ class BottleneckAdapter(TargetedMethod):
             if self.choice(name) not in known:
                 raise self.invalid(name, f"one of {', '.join(map(repr, known))}")
         factor, scale = self.choice("reduction_factor"), self.choice("scale")
-        if not (_number(factor) and 1 <= factor < math.inf):
+        if not (is_number(factor) and 1 <= factor < math.inf):
             raise self.invalid("reduction_factor", "a number, at least 1")
         if self.width is not None and not (type(self.width) is int and self.width >= 1):
             raise self.invalid("width", "at least 1 and whole, or null to follow reduction_factor")
-        if scale not in ("learned", "channel") and not (_number(scale) and scale and math.isfinite(scale)):
+        if scale not in ("learned", "channel") and not (is_number(scale) and scale and math.isfinite(scale)):
             raise self.invalid("scale", "'learned', 'channel' or a number other than 0")
-        if not (_number(self.dropout) and 0 <= self.dropout < 1):
-            raise self.invalid("dropout", "a probability: at least 0, less than 1")
+        self.check_probability("dropout")
         if self.choice("residual") == "after" and self.choice("reads") != "sum":
             raise self.invalid("residual", "'before' unless reads='sum': after the residual, the sum is what is there")
         if not any(self.choice(name) for name in ("after_attention", "after_ffn", "after_cross_attention")):
@@ -327,7 +324,3 @@ def _mam(down: nn.Linear, up: nn.Linear) -> None:
 
 
 _INITS: dict[str, Callable[[nn.Linear, nn.Linear], None]] = {"houlsby": _houlsby, "bert": _bert, "mam": _mam}
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter, OutputAdapter, WeightAdapter, adapter_dtype
 from lightning_peft.core.gate import Gate
 from lightning_peft.core.hosts import EmbeddingLayout, Host
-from lightning_peft.core.method import LayerMethod
+from lightning_peft.core.method import LayerMethod, is_number
 from lightning_peft.core.targets import matches_end, pattern_value
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
 
@@ -55,13 +55,10 @@ class LoRA(LayerMethod):
             if not all(type(r) is int and r >= 1 for r in ranks.values()):
                 raise self.invalid(name, "at least 1 and whole")
         for name, alphas in {"alpha": {"": self.alpha}, "alpha_pattern": self.alpha_pattern}.items():
-            if not all(_number(alpha) and 0 < alpha < math.inf for alpha in alphas.values()):
+            if not all(is_number(alpha) and 0 < alpha < math.inf for alpha in alphas.values()):
                 raise self.invalid(name, "a number greater than 0")
-        if not (_number(self.dropout) and 0 <= self.dropout < 1):
-            raise self.invalid("dropout", "a probability: at least 0, less than 1")
-        for name in ("use_rslora", "gating"):
-            if type(getattr(self, name)) is not bool:
-                raise self.invalid(name, "true or false")
+        self.check_probability("dropout")
+        self.check_flags("use_rslora", "gating")
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 try:
@@ -161,7 +158,3 @@ def _factors(host: Host, r: int) -> tuple[nn.Parameter, nn.Parameter]:
 def _delta(adapter: LoRAOutput | LoRAWeight, weight: Tensor) -> Tensor:
     """``s * B A`` in the shape and dtype of ``weight``."""
     return adapter.layout.native(adapter.scale * (adapter.lora_B @ adapter.lora_A)).to(weight.dtype)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

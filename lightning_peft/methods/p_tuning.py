@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.method import Method, Plan
-from lightning_peft.core.prompts import embedding_of, place_prompt, token_models
+from lightning_peft.core.prompts import plan_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,15 +42,12 @@ class PTuning(Method):
     """Modules trained whole beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "encoder_hidden_size", "encoder_num_layers"):
-            value = getattr(self, name)
-            if not ((type(value) is int and value >= 1) or (value is None and name == "encoder_hidden_size")):
-                raise self.invalid(name, "at least 1 and whole")
+        self.check_counts("num_virtual_tokens", "encoder_num_layers")
+        if self.encoder_hidden_size is not None:
+            self.check_counts("encoder_hidden_size")
         if self.encoder not in ("mlp", "lstm"):
             raise self.invalid("encoder", "one of 'mlp', 'lstm'")
-        dropout = self.encoder_dropout
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise self.invalid("encoder_dropout", "a probability: at least 0, less than 1")
+        self.check_probability("encoder_dropout")
         self.check_patterns("modules_to_save")
 
     @property
@@ -58,11 +55,7 @@ class PTuning(Method):
         return False
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        placements = []
-        for path, pretrained in token_models("PTuning", model):
-            prompt = EncodedPrompt(self, embedding_of(pretrained).weight)
-            placements += place_prompt("PTuning", model, path, pretrained, prompt, self.num_virtual_tokens)
-        return Plan(placements)
+        return plan_prompts("PTuning", model, self.num_virtual_tokens, lambda table: EncodedPrompt(self, table.weight))
 
 
 class EncodedPrompt(nn.Module):

@@ -22,7 +22,7 @@ from lightning_peft.core.attention import CacheLength, PrefixedAttention, check_
 from lightning_peft.core.blocks import PROJECTIONS, Attention, Block, find_blocks
 from lightning_peft.core.gate import Gate, GatedInput
 from lightning_peft.core.hosts import Host, find_hosts
-from lightning_peft.core.method import Method, Placement, Plan
+from lightning_peft.core.method import Method, Placement, Plan, is_number
 from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
 from lightning_peft.core.positions import PositionShift, check_room, positions_above
 from lightning_peft.core.slots import base_modules
@@ -65,14 +65,9 @@ class PrefixTuning(Method):
     """Modules trained whole beside the prefix: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "encoder_hidden_size"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise self.invalid(name, "at least 1 and whole")
-        for name in ("prefix_projection", "gating"):
-            if type(getattr(self, name)) is not bool:
-                raise self.invalid(name, "true or false")
-        std = self.init_std
-        if isinstance(std, bool) or not isinstance(std, (int, float)) or not 0 <= std < math.inf:
+        self.check_counts("num_virtual_tokens", "encoder_hidden_size")
+        self.check_flags("prefix_projection", "gating")
+        if not (is_number(self.init_std) and 0 <= self.init_std < math.inf):
             raise self.invalid("init_std", "a number, at least 0")
         if not (isinstance(self.places, (list, tuple)) and self.places and all(p in _PLACES for p in self.places)):
             raise self.invalid("places", f"a list of any of {', '.join(_PLACES)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.method import Method, Plan
-from lightning_peft.core.prompts import embedding_of, place_prompt, token_models
+from lightning_peft.core.prompts import plan_prompts
 from lightning_peft.errors import ConfigError
 
 _SAMPLE = 1024  # tokens whose embeddings tell how large a random prompt has to be
@@ -43,8 +43,7 @@ class PromptTuning(Method):
     """Modules trained whole beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
-        if type(self.num_virtual_tokens) is not int or self.num_virtual_tokens < 1:
-            raise self.invalid("num_virtual_tokens", "at least 1 and whole")
+        self.check_counts("num_virtual_tokens")
         if self.init not in ("random", "vocabulary", "text"):
             raise self.invalid("init", "one of 'random', 'vocabulary', 'text'")
         for name in ("init_text", "tokenizer"):
@@ -63,11 +62,7 @@ class PromptTuning(Method):
         return False
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        placements = []
-        for path, pretrained in token_models("PromptTuning", model):
-            prompt = Prompt(self._start(embedding_of(pretrained)))
-            placements += place_prompt("PromptTuning", model, path, pretrained, prompt, self.num_virtual_tokens)
-        return Plan(placements)
+        return plan_prompts("PromptTuning", model, self.num_virtual_tokens, lambda table: Prompt(self._start(table)))
 
     @torch.no_grad()
     def _start(self, embedding: nn.Embedding) -> Tensor:

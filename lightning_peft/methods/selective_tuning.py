@@ -86,8 +86,7 @@ class SelectiveTuning(TargetedMethod):
             raise self.invalid("score", "'magnitude' or 'fisher'")
         if self.score == "fisher" and self.density is None:
             raise ConfigError("SelectiveTuning.score='fisher' picks entries: say how many with density, such as 0.01.")
-        if type(self.score_batches) is not int or self.score_batches < 1:
-            raise self.invalid("score_batches", "at least 1 and whole")
+        self.check_counts("score_batches")
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
         choosing = ["target_modules", "layers", "parameters", "parameter_types", "density"]

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
+import perturbation
 import torch
 from conformance.hosts import Host
 from torch import Tensor, nn
@@ -103,11 +104,8 @@ class Cell:
 
 
 def perturb(model: nn.Module, name: str = "default") -> None:
-    """Move every trainable parameter of the adapter ``name`` away from where it started."""
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if f".peft.{name}" in f".{key}" and parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    """Move every trainable parameter of the adapter ``name`` a little from where it started."""
+    perturbation.perturb(model, name, by=0.05)
 
 
 def _fitted(method: Method, host: Host) -> Method:

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from perturbation import perturb
 from placing import Place, Scale, Shift
 from snapshot import Snapshot
 from torch import Tensor, nn
@@ -144,9 +145,7 @@ def test_adapters_of_two_parts_are_switched_from_the_whole(x: Tensor) -> None:
     base = net(x)
     inject(net[0], LoRA(r=2), "left")
     inject(net[1], LoRA(r=2), "right")
-    with torch.no_grad():
-        for parameter in net.parameters():
-            parameter.add_(parameter.requires_grad * torch.randn_like(parameter))
+    perturb(net, by=1.0)
     both = net(x)
     with active(net, "left"):
         assert not torch.allclose(net(x), both)

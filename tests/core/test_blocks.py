@@ -12,15 +12,7 @@ from lightning_peft import LoRA, inject
 from lightning_peft.core.blocks import Block, find_blocks
 from lightning_peft.core.hosts import find_hosts
 
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": 40,
-    "max_position_embeddings": 20,
-    "pad_token_id": 0,
-}
+SIZES = {**tiny_models.SIZES, **tiny_models.TOKENS}
 
 
 def blocks(model: nn.Module) -> list[Block]:

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import tiny_models
 import torch
+from perturbation import perturb
 from placing import Place, Scale, ScaleWeight, ShiftWeight
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
@@ -20,17 +21,9 @@ def x() -> Tensor:
     return torch.randn(3, 4)
 
 
-def _perturbed(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
-
-
 def _lora(model: nn.Module, *targets: str, name: str = "default") -> nn.Module:
     inject(model, LoRA(r=2, target_modules=list(targets), modules_to_save=None), name)
-    return _perturbed(model)
+    return perturb(model).eval()
 
 
 @pytest.mark.parametrize(
@@ -235,9 +228,7 @@ def test_what_acts_on_the_output_of_another_adapter_is_not_merged_before_it() ->
     model = nn.Sequential(nn.Linear(4, 4))
     inject(model, LoRA(r=2, target_modules=["0"]), "first")
     inject(model, IA3(target_modules=["0"]), "second")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter)) if parameter.requires_grad else None
+    perturb(model)
     x = torch.randn(3, 4)
     expected = model(x)
     with pytest.raises(NotMergeableError, match="IA3 on '0' cannot be merged: the adapter 'first' acts there too"):

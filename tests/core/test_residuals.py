@@ -14,16 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.core.residuals import Sublayer, find_sublayers
 
 D = tiny_models.WIDTH
-SIZES = {
-    "hidden_size": D,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": 40,
-    "max_position_embeddings": 20,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+SIZES = {**tiny_models.SIZES, **tiny_models.TOKENS}
 
 
 def opt(**fields: Any) -> nn.Module:
@@ -252,7 +243,7 @@ def albert() -> nn.Module:
 
 def modernbert() -> nn.Module:
     """The first layer's attention has no norm."""
-    return hf.ModernBertModel(hf.ModernBertConfig(**SIZES, bos_token_id=1, eos_token_id=2))
+    return hf.ModernBertModel(hf.ModernBertConfig(**SIZES))
 
 
 @pytest.mark.parametrize("build", [olmo2, glm4, gpt2_cross, albert, modernbert])

@@ -14,18 +14,6 @@ from lightning_peft import BottleneckAdapter, LoRA, PrefixTuning, inject
 from lightning_peft.core.residuals import find_sublayers
 from lightning_peft.errors import NotApplicableError
 
-D = tiny_models.WIDTH
-SIZES = {
-    "hidden_size": D,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": 40,
-    "max_position_embeddings": 20,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 NEEDS_NORM = ["pfeiffer", "parallel", "adapter_plus"]
 
 
@@ -145,7 +133,11 @@ def test_a_block_that_cannot_be_started_tells_no_norm_and_still_takes_houlsby() 
 def mixture() -> nn.Module:
     """The last layer of the feedforward part says how much the shared expert counts."""
     experts = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 12, "num_experts": 4}
-    return hf.Qwen2MoeModel(hf.Qwen2MoeConfig(**SIZES, **experts, num_experts_per_tok=2, num_key_value_heads=1))
+    return hf.Qwen2MoeModel(
+        hf.Qwen2MoeConfig(
+            **tiny_models.SIZES, **tiny_models.TOKENS, **experts, num_experts_per_tok=2, num_key_value_heads=1
+        )
+    )
 
 
 @pytest.mark.parametrize("preset", NEEDS_NORM)

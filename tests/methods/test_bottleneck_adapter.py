@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from perturbation import perturb
 from torch import Tensor, nn
 
 from lightning_peft import BottleneckAdapter, disabled, inject
@@ -161,13 +162,6 @@ def formula(preset: str, f: Callable[[Tensor], Tensor], x: Tensor, h: Tensor, ln
         return x + h + f(x) if ln is None else ln(h + f(x) + x)
     z = h + x if ln is None else ln(h + x)
     return z + f(z)
-
-
-def perturb(model: nn.Module) -> None:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
 
 
 def _placed(case: Case, preset: str, where: dict[str, bool]) -> set[str]:

@@ -9,29 +9,21 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from perturbation import adapted
 from snapshot import assert_identical
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft import BottleneckAdapter, active, inject, remove
+from lightning_peft import BottleneckAdapter, active, remove
 from lightning_peft.core.checkpoint import adapter_state
 
 PRESETS = ["houlsby", "pfeiffer", "parallel", "adapter_plus"]
 
 
-def perturbed(model: nn.Module, method: Any, name: str = "default") -> nn.Module:
-    inject(model, method, name)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if parameter.requires_grad and f".peft.{name}" in f".{key}":
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def adapted(module: nn.Module, **fields: Any) -> tuple[nn.Module, nn.Module, Any]:
+def behind(module: nn.Module, **fields: Any) -> tuple[nn.Module, nn.Module, Any]:
     """A module with a perturbed adapter behind it, a copy without, and the bottleneck."""
     base = copy.deepcopy(module).eval()
-    model = perturbed(nn.ModuleDict({"m": module}), BottleneckAdapter(target_modules=["m"], width=3, **fields))
+    model = adapted(nn.ModuleDict({"m": module}), BottleneckAdapter(target_modules=["m"], width=3, **fields))
     return model["m"], base, model["m"].peft.default.bottleneck
 
 
@@ -59,7 +51,7 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Callable
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_behind_a_convolution_it_is_two_convolutions_of_one_pixel(name: str) -> None:
     build, shape, convolve = CONVOLUTIONS[name]
-    module, base, b = adapted(build(), nonlinearity="relu", scale="channel")
+    module, base, b = behind(build(), nonlinearity="relu", scale="channel")
     x = torch.randn(shape)
     h = base(x)
     one = [1] * (h.dim() - 2)
@@ -70,7 +62,7 @@ def test_behind_a_convolution_it_is_two_convolutions_of_one_pixel(name: str) -> 
 
 
 def test_a_batch_norm_keeps_its_statistics_behind_which_an_adapter_trains() -> None:
-    module, _, _ = adapted(Residual())
+    module, _, _ = behind(Residual())
     before = module.norm.running_mean.clone()
     module.train()(torch.randn(2, 4, 6, 5)).sum().backward()
     assert torch.equal(module.norm.running_mean, before)
@@ -80,7 +72,7 @@ def test_a_batch_norm_keeps_its_statistics_behind_which_an_adapter_trains() -> N
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize("build", [nn.LSTM, nn.GRU, nn.RNN])
 def test_a_recurrent_layer_keeps_its_state_and_the_rest_of_its_output(build: Any, bidirectional: bool) -> None:
-    module, base, b = adapted(build(4, 6, batch_first=True, bidirectional=bidirectional))
+    module, base, b = behind(build(4, 6, batch_first=True, bidirectional=bidirectional))
     assert b.down.in_features == (12 if bidirectional else 6)
     x = torch.randn(2, 5, 4)
     (y, state), (h, expected) = module(x), base(x)
@@ -94,7 +86,7 @@ def _each(state: Any) -> tuple[Tensor, ...]:
 
 
 def test_a_layer_that_is_called_by_name_or_without_a_batch() -> None:
-    module, base, b = adapted(nn.Linear(4, 6))
+    module, base, b = behind(nn.Linear(4, 6))
     x = torch.randn(4)
     h = base(x)
     torch.testing.assert_close(module(input=x), h + b.up(F.silu(b.down(h))))
@@ -104,7 +96,7 @@ def test_the_weights_inside_an_attention_stand_for_the_whole() -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
     h, weights = attention(x, x, x)
-    model = perturbed(nn.ModuleDict({"m": attention}), BottleneckAdapter(target_modules=["out_proj"], width=3))
+    model = adapted(nn.ModuleDict({"m": attention}), BottleneckAdapter(target_modules=["out_proj"], width=3))
     y, same = model["m"](x, x, x)
     b = attention.peft.default.bottleneck
     torch.testing.assert_close(y, h + b.up(F.silu(b.down(h))))
@@ -134,7 +126,7 @@ def test_a_whole_block_is_a_named_module_whatever_it_returns(name: str) -> None:
     hook = model.get_submodule(path).register_forward_hook(lambda module, args, output: h.update(base=output))
     model(**inputs)
     hook.remove()
-    perturbed(model, BottleneckAdapter(target_modules=[path], width=3, modules_to_save=None))
+    adapted(model, BottleneckAdapter(target_modules=[path], width=3, modules_to_save=None))
     model.get_submodule(path).register_forward_hook(lambda module, args, output: h.update(now=output))
     model(**inputs)
     base, now = (value if isinstance(value, tuple) else (value,) for value in (h["base"], h["now"]))
@@ -152,9 +144,9 @@ def test_two_adapters_act_one_after_the_other_and_each_alone(preset: str) -> Non
     ids = torch.arange(1, 6)[None]
     model = tiny_models.bert().eval()
     plain = model(input_ids=ids).logits
-    perturbed(model, BottleneckAdapter(**fields), "a")
+    adapted(model, BottleneckAdapter(**fields), "a")
     alone = model(input_ids=ids).logits
-    perturbed(model, BottleneckAdapter(**fields), "b")
+    adapted(model, BottleneckAdapter(**fields), "b")
     both = model(input_ids=ids).logits
     with active(model, "b"):
         other = model(input_ids=ids).logits
@@ -172,7 +164,7 @@ def test_two_parallel_adapters_add_what_each_makes_of_the_same_input() -> None:
     stream = x + layer.self_attn(*[layer.norm1(x)] * 3)[0]
     expected = layer(x)
     for name in ("a", "b"):
-        perturbed(layer, BottleneckAdapter(preset="parallel", width=3), name)
+        adapted(layer, BottleneckAdapter(preset="parallel", width=3), name)
         b = layer.linear2.peft.get_submodule(name).bottleneck
         expected = expected + 4 * b.up(F.relu(b.down(stream)))
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
@@ -182,7 +174,7 @@ def test_two_parallel_adapters_add_what_each_makes_of_the_same_input() -> None:
 def test_checkpointing_by_transformers_gives_the_same_gradients(preset: str) -> None:
     model = tiny_models.llama()
     method = BottleneckAdapter(preset=preset, reduction_factor=4, after_attention=True, dropout=0.2)
-    perturbed(model, method).train()
+    adapted(model, method).train()
     ids = torch.arange(1, 7)[None]
 
     def gradients() -> dict[str, Tensor]:
@@ -204,7 +196,7 @@ def test_checkpointing_by_transformers_gives_the_same_gradients(preset: str) -> 
 
 def test_checkpointing_that_stops_early_leaves_no_value_behind() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=True)
-    perturbed(layer, BottleneckAdapter(preset="parallel", width=3, after_attention=True))
+    adapted(layer, BottleneckAdapter(preset="parallel", width=3, after_attention=True))
     x = torch.randn(2, 5, 8, requires_grad=True)
     checkpoint(layer, x, use_reentrant=False).sum().backward()
     taps = [module.tap for module in layer.modules() if hasattr(module, "tap")]
@@ -227,7 +219,7 @@ def test_checkpointing_that_stops_early_leaves_no_value_behind() -> None:
 @pytest.mark.parametrize("preset", ["parallel", "pfeiffer"])
 def test_a_compiled_block_hands_the_stream_from_hook_to_hook(preset: str, build: Callable[[], nn.Module]) -> None:
     torch._dynamo.reset()
-    layer = perturbed(build(), BottleneckAdapter(preset=preset, width=3, after_attention=True, gating=True))
+    layer = adapted(build(), BottleneckAdapter(preset=preset, width=3, after_attention=True, gating=True))
     x = torch.randn(2, 5, 8)
     results = []
     for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
@@ -246,7 +238,7 @@ def test_a_compiled_block_hands_the_stream_from_hook_to_hook(preset: str, build:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_copy_uses_its_own_adapter_and_its_own_norm(preset: str, how: Callable[[Any], Any]) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
-    perturbed(layer, BottleneckAdapter(preset=preset, width=3, after_attention=True))
+    adapted(layer, BottleneckAdapter(preset=preset, width=3, after_attention=True))
     x = torch.randn(2, 5, 8)
     duplicate, expected = how(layer), layer(x)
     assert_identical(duplicate(x), expected)

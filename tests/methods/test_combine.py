@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 import torch
 import yaml
+from perturbation import adapted, perturb
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -47,19 +48,9 @@ def lora_and_prompt(**fields: Any) -> Combine:
 METHODS = {"list": lora_and_prompt(), "mam": Combine(preset="mam"), "unipelt": Combine(preset="unipelt")}
 
 
-def perturb(model: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def adapted(method: Method, build: Callable[[], nn.Module] = tiny_models.bert) -> nn.Module:
+def combined(method: Method, **fields: Any) -> nn.Module:
     torch.manual_seed(1)
-    model = build()
-    inject(model, method)
-    return perturb(model)
+    return adapted(tiny_models.bert(**fields), method)
 
 
 class Task(L.LightningModule):
@@ -118,11 +109,11 @@ def test_a_report_names_the_method_of_each_adapter() -> None:
 
 
 def test_the_adapters_state_fits_into_a_fresh_model() -> None:
-    model = adapted(lora_and_prompt())
+    model = combined(lora_and_prompt())
     file = io.BytesIO()
     torch.save(adapter_state(model), file)
     file.seek(0)
-    fresh = perturb(adapted(lora_and_prompt()))
+    fresh = perturb(combined(lora_and_prompt()))
     assert not torch.equal(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
     fresh.load_state_dict(torch.load(file, weights_only=True))
     assert_identical(fresh(input_ids=IDS).logits, model(input_ids=IDS).logits)
@@ -131,8 +122,7 @@ def test_the_adapters_state_fits_into_a_fresh_model() -> None:
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_copy_computes_the_same_with_its_own_parts(method: Combine, how: Callable[[Any], Any]) -> None:
-    # room for the text beside 30 virtual tokens
-    model = adapted(method, lambda: tiny_models.bert(max_position_embeddings=40))
+    model = combined(method, max_position_embeddings=40)  # room for the text beside 30 virtual tokens
     expected = model(input_ids=IDS).logits
     duplicate = how(model)
     assert_identical(duplicate(input_ids=IDS).logits, expected)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import tiny_models
 import torch
+from perturbation import adapted
 from snapshot import Snapshot, assert_identical
 from torch import nn
 
@@ -24,16 +25,6 @@ from lightning_peft.core.method import Method
 from lightning_peft.errors import ConfigError, NotApplicableError, NotMergeableError
 
 IDS = torch.arange(1, 11).view(2, 5)
-
-
-def adapted(method: Method, build: Callable[[], nn.Module] = tiny_models.bert) -> nn.Module:
-    model = build()
-    inject(model, method)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -110,7 +101,7 @@ EVERYWHERE = LoRA(r=2, target_modules=["attention", "ffn"])
     ids=lambda parts: "_".join(type(part).__name__ for part in parts),
 )
 def test_the_merged_model_computes_the_same(parts: list[Method]) -> None:
-    model = adapted(Combine(parts, modules_to_save=None))
+    model = adapted(tiny_models.bert(), Combine(parts, modules_to_save=None))
     expected = model(input_ids=IDS).logits
     merge(model)
     torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
@@ -123,7 +114,7 @@ def test_the_merged_model_computes_the_same(parts: list[Method]) -> None:
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_one_part_that_cannot_be_merged_leaves_all_unmerged(part: Method, first: bool) -> None:
-    model = adapted(Combine([part, LoRA(r=2)] if first else [LoRA(r=2), part]))
+    model = adapted(tiny_models.bert(), Combine([part, LoRA(r=2)] if first else [LoRA(r=2), part]))
     before, expected = Snapshot(model), model(input_ids=IDS).logits
     with pytest.raises(NotMergeableError):
         merge(model)
@@ -140,7 +131,7 @@ def test_one_part_that_cannot_be_merged_leaves_all_unmerged(part: Method, first:
     ids=["prefix first", "adapter first"],
 )
 def test_a_prefix_and_an_adapter_on_one_attention_of_torch(parts: list[Method]) -> None:
-    layer = adapted(Combine(parts), lambda: nn.TransformerEncoderLayer(8, 2, 12, batch_first=True))
+    layer = adapted(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), Combine(parts))
     layer(torch.randn(2, 5, 8)).square().sum().backward()
     assert not [
         name for name, p in layer.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())

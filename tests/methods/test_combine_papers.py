@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from perturbation import adapted
 from torch import Tensor, nn
 
 from lightning_peft import BottleneckAdapter, Combine, LoRA, PrefixTuning, inject
@@ -16,15 +17,6 @@ from lightning_peft.core.method import Method
 from lightning_peft.errors import NotApplicableError
 
 D, HEADS, LAYER = tiny_models.WIDTH, 2, "bert.encoder.layer.1"
-
-
-def perturbed(model: nn.Module, method: Any) -> nn.Module:
-    inject(model, method)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return model.eval()
 
 
 def small(method: Any) -> Any:
@@ -48,7 +40,7 @@ def slots(module: Any) -> Any:
 def test_mam_is_a_prefix_from_an_mlp_and_a_parallel_adapter() -> None:
     model = tiny_models.bert()
     base: Any = copy.deepcopy(model).eval().get_submodule(LAYER)
-    perturbed(model, small(Combine(preset="mam")))
+    adapted(model, small(Combine(preset="mam")))
     layer: Any = model.get_submodule(LAYER)
     x = torch.randn(2, 5, D)
 
@@ -64,8 +56,8 @@ def test_mam_is_a_prefix_from_an_mlp_and_a_parallel_adapter() -> None:
     x1 = out.LayerNorm(out.dense(attention(own.query(x), k, v)) + x)
     f = slots(layer.output.dense)("default:1").bottleneck
     h = base.output.dense(base.intermediate(x1))
-    adapted = 4 * (F.relu(x1 @ f.down.weight.T + f.down.bias) @ f.up.weight.T + f.up.bias)
-    expected = base.output.LayerNorm(h + adapted + x1)
+    added = 4 * (F.relu(x1 @ f.down.weight.T + f.down.bias) @ f.up.weight.T + f.up.bias)
+    expected = base.output.LayerNorm(h + added + x1)
     torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     assert (layer(x) - base(x)).abs().max() > 0.1
 
@@ -73,15 +65,15 @@ def test_mam_is_a_prefix_from_an_mlp_and_a_parallel_adapter() -> None:
 def test_unipelt_gates_lora_prefix_and_adapter_by_their_own_inputs() -> None:
     model = tiny_models.bert()
     base: Any = copy.deepcopy(model).eval().get_submodule(LAYER)
-    perturbed(model, small(Combine(preset="unipelt")))
+    adapted(model, small(Combine(preset="unipelt")))
     layer: Any = model.get_submodule(LAYER)
     x = torch.randn(2, 5, D)
 
     def gate(g: Any, z: Tensor) -> Tensor:
         return torch.sigmoid((z * g.weight).sum(-1, keepdim=True) + g.bias).mean(1, keepdim=True)
 
-    def linear(plain: nn.Module, adapted: nn.Module, z: Tensor) -> Tensor:
-        a = slots(adapted)("default:0")
+    def linear(plain: nn.Module, tuned: nn.Module, z: Tensor) -> Tensor:
+        a = slots(tuned)("default:0")
         return plain(z) + gate(a.gate, z) * 16 / 2 * z @ a.lora_A.T @ a.lora_B.T
 
     own, now = base.attention.self, layer.attention.self
@@ -120,7 +112,7 @@ def test_the_presets_are_those_of_the_papers() -> None:
 @pytest.mark.parametrize("preset", ["mam", "unipelt"])
 @pytest.mark.parametrize("build", [tiny_models.gpt2, tiny_models.llama, tiny_models.t5, tiny_models.vit])
 def test_every_part_of_a_preset_gets_a_gradient_in_every_layer(preset: str, build: Any) -> None:
-    model = perturbed(build(), small(Combine(preset=preset)))
+    model = adapted(build(), small(Combine(preset=preset)))
     if build is tiny_models.vit:
         loss = model(torch.randn(2, 3, 8, 8)).logits.square().sum()
     else:
@@ -135,7 +127,7 @@ def test_every_part_of_a_preset_gets_a_gradient_in_every_layer(preset: str, buil
 
 @pytest.mark.parametrize("preset", ["mam", "unipelt"])
 def test_the_rows_of_a_batch_stay_apart(preset: str) -> None:
-    model = perturbed(tiny_models.bert(), small(Combine(preset=preset)))
+    model = adapted(tiny_models.bert(), small(Combine(preset=preset)))
     ids = torch.arange(1, 13).view(3, 4)
     torch.testing.assert_close(model(input_ids=ids).logits[1:2], model(input_ids=ids[1:2]).logits, rtol=1e-4, atol=1e-5)
 

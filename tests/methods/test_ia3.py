@@ -22,13 +22,13 @@ IDS = torch.tensor([[9, 7, 12, 33, 21, 8], [8, 7, 5, 11, 3, 4]])
 
 def _phi3() -> nn.Module:
     """Queries, keys and values in one layer, with fewer keys and values."""
-    config = hf.Phi3Config(**{**tiny_models._ENCODER, **tiny_models._TOKENS}, num_key_value_heads=1)
+    config = hf.Phi3Config(**{**tiny_models.SIZES, **tiny_models.TOKENS}, num_key_value_heads=1)
     return hf.Phi3ForCausalLM(config)
 
 
 def _neox() -> nn.Module:
     """Queries, keys and values in one layer, head by head."""
-    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**tiny_models._ENCODER, **tiny_models._TOKENS))
+    return hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**tiny_models.SIZES, **tiny_models.TOKENS))
 
 
 def _adapters(model: nn.Module) -> dict[str, Any]:

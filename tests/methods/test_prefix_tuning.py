@@ -34,7 +34,7 @@ def _prefixes(model: nn.Module) -> dict[str, Prefix]:
 
 def _phi3() -> nn.Module:
     """Queries, keys and values in one layer, with fewer keys and values."""
-    config = hf.Phi3Config(**{**tiny_models._ENCODER, **tiny_models._TOKENS}, num_key_value_heads=1)
+    config = hf.Phi3Config(**{**tiny_models.SIZES, **tiny_models.TOKENS}, num_key_value_heads=1)
     return hf.Phi3ForCausalLM(config)
 
 
