@@ -4,9 +4,11 @@ from lightning_peft import methods
 from lightning_peft.core.activation import activate, active, active_adapters, disabled
 from lightning_peft.core.ejection import eject
 from lightning_peft.core.injection import inject, remove
+from lightning_peft.core.inspection import AdapterSummary, inspect_adapter
 from lightning_peft.core.merging import merge, merged
 from lightning_peft.core.method import Method
 from lightning_peft.core.report import Report, report
+from lightning_peft.core.transfer import load_adapter, save_adapter
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods import *  # noqa: F403
 from lightning_peft.training.callback import PEFTCallback
@@ -14,6 +16,7 @@ from lightning_peft.training.module import PEFTModule, load_from_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterSummary",
     "Method",
     "PEFTCallback",
     "PEFTError",
@@ -25,11 +28,14 @@ __all__ = [
     "disabled",
     "eject",
     "inject",
+    "inspect_adapter",
+    "load_adapter",
     "load_from_checkpoint",
     "merge",
     "merged",
     "methods",
     "remove",
     "report",
+    "save_adapter",
     *methods.__all__,
 ]

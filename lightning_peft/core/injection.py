@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.registry import Attachment, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.core.report import Report, report
 from lightning_peft.core.saved import plan_saved, resolve_saved
-from lightning_peft.core.slots import CHILD, AdapterSlots, named_slots
+from lightning_peft.core.slots import CHILD, AdapterSlots, named_slots, slot_name
 from lightning_peft.errors import AdapterNameError, ConfigError
 
 
@@ -34,6 +35,29 @@ def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
         AdapterNameError: the name is taken, or cannot be a name.
         PEFTError: the method does not fit the model.
     """
+    return attach(model, plan_injection(model, method, name))
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What :func:`inject` is about to do, planned and checked."""
+
+    name: str
+    method: Method
+    saved: tuple[str, ...]
+    """Paths of the modules that are trained whole."""
+    placements: tuple[Placement, ...]
+    """The adapters and where they go, those of the modules that are trained whole among them."""
+    left_out: tuple[tuple[str, str], ...]
+
+
+def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
+    """Plan and check what :func:`inject` does. The model is only read.
+
+    Raises:
+        AdapterNameError: the name is taken, or cannot be a name.
+        PEFTError: the method does not fit the model.
+    """
     if not isinstance(method, Method):
         raise ConfigError(f"inject needs a method such as LoRA(r=8), not {method!r}.")
     registry = registry_of(model) or Registry()
@@ -43,26 +67,29 @@ def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
     plan = method.plan(model, saved)
     placements = [*plan.placements, *plan_saved(model, saved)]
     _check_hosts(model, placements)
+    return Injection(name, method, tuple(saved), tuple(placements), tuple(plan.left_out))
 
-    # Nothing above has changed the model; nothing below fails.
+
+def attach(model: nn.Module, injection: Injection) -> Report:
+    """Do what was planned. Nothing here fails."""
+    registry, name = registry_of(model) or Registry(), injection.name
     if not registry.attachments:
         freeze(model, registry)
         set_registry(model, registry)
     added: set[int] = set()
-    for placement in placements:
+    for placement in injection.placements:
         host = model.get_submodule(placement.path)
         if CHILD not in host._modules:
             host.add_module(CHILD, AdapterSlots().train(host.training))
         slots = registry.slots.setdefault(placement.path, host.get_submodule(CHILD))  # type: ignore[arg-type]
-        slot = f"{name}:{placement.part}" if placement.part else name
-        slots.add(slot, placement.adapter.train(host.training), host)
+        slots.add(slot_name(name, placement.part), placement.adapter.train(host.training), host)
         added.add(id(placement.adapter))
 
     registry.attachments[name] = Attachment(
-        method=method,
+        method=injection.method,
         keys=keys_of(model, added),
-        saved=tuple(saved),
-        left_out=tuple(plan.left_out),
+        saved=injection.saved,
+        left_out=injection.left_out,
     )
     registry.activate((*registry.active, name))
     return report(model)

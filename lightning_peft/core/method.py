@@ -6,13 +6,14 @@ subclass of :class:`Method`; there is no list to add it to.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.hosts import Host
+from lightning_peft.core.peft_form import PeftFile, PeftForm
 from lightning_peft.core.targets import ALL_LINEAR, select_hosts
 from lightning_peft.errors import ConfigError, did_you_mean
 
@@ -44,6 +45,8 @@ class Method(ABC):
     """Modules trained whole beside the adapters: name suffixes, ``"auto"`` (the task head), or None."""
     exclusive: ClassVar[str] = ""
     """What only one method of a combination can bring, such as ``"prompt"``; empty for most."""
+    peft_types: ClassVar[tuple[str, ...]] = ()
+    """Each ``peft_type`` of the peft package whose files this method reads; none where peft has no such method."""
 
     @property
     def starts_as_base(self) -> bool:
@@ -68,6 +71,36 @@ class Method(ABC):
 
     def ejected(self) -> "Method":
         """The method that describes its adapters after :func:`~lightning_peft.eject`."""
+        return self
+
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+        """Say how peft has this adapter.
+
+        Args:
+            placements: the adapters, with their places in ``model``; without the modules that are trained whole, which
+                are no matter of the method.
+            model: the network that peft would wrap.
+
+        Returns:
+            None where peft has no such method, or could not compute the same.
+        """
+        return None
+
+    @classmethod
+    def from_peft(cls, file: PeftFile) -> "tuple[Method, Mapping[str, Tensor]]":
+        """Read a file of one of the :attr:`peft_types`.
+
+        Returns:
+            The method, with the layers named one by one and nothing trained whole, and the tensors as
+            :meth:`to_peft` of that method would have them.
+
+        Raises:
+            CheckpointError: the file is damaged, or asks for something that is not to be had here.
+        """
+        raise NotImplementedError(f"{cls.__name__} names peft_types but does not read them.")
+
+    def pointed_at(self, paths: Sequence[str]) -> "Method":
+        """This method with the modules ``paths`` in place of its patterns, if it has any."""
         return self
 
     def to_config(self) -> dict[str, Any]:
@@ -182,6 +215,9 @@ class TargetedMethod(Method):
     def __post_init__(self) -> None:
         self.check_patterns("target_modules", "exclude_modules", "modules_to_save")
         self.check_layers()
+
+    def pointed_at(self, paths: Sequence[str]) -> "TargetedMethod":
+        return replace(self, target_modules=list(paths), exclude_modules=None, layers=None)
 
 
 @dataclass(frozen=True, kw_only=True)

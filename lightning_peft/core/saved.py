@@ -48,6 +48,10 @@ class TunedParameters(WeightAdapter):
         own: Tensor = getattr(self, self._places[name])
         return own.to(weight.dtype)
 
+    def copies(self) -> dict[str, Tensor]:
+        """The copies by the names that the base's own have."""
+        return {path: getattr(self, own) for path, own in self._places.items()}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TunedParameters":
         buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)

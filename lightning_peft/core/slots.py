@@ -120,6 +120,11 @@ def part_name(slot: str) -> str:
     return slot.partition(":")[2]
 
 
+def slot_name(name: str, part: str) -> str:
+    """The slot of one part of adapter ``name``; an adapter of a single part has none."""
+    return f"{name}:{part}" if part else name
+
+
 def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:
     """Yield ``(path, host, slots)`` for every host below ``model`` (itself included) that carries adapters."""
     for path, module in model.named_modules():

@@ -6,12 +6,16 @@ r"""LayerNorm tuning: only the norms' gains and biases train. Qi et al., 2022, a
 models into multi-modal ones in Zhao et al., 2023, arXiv:2312.11420.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_peft.core.method import Plan, TargetedMethod
+from lightning_peft.core.hosts import read_parameters
+from lightning_peft.core.method import Placement, Plan, TargetedMethod
+from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets
+from lightning_peft.core.saved import TunedParameters
 from lightning_peft.core.selection import select_parameters, tune
 
 
@@ -25,9 +29,36 @@ class LayerNormTuning(TargetedMethod):
         NotApplicableError: the model has no norm with parameters, or a named layer is none.
     """
 
+    peft_types: ClassVar[tuple[str, ...]] = ("LN_TUNING",)
+
     target_modules: list[str] | str | None = None
     """Norms that train: None for all but those of the task head; else a list of names or suffixes (all below is meant
     too), or one regular expression for whole names."""
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
         return Plan(tune(select_parameters(model, saved, self, kinds={"norm"})))
+
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+        tensors: dict[str, PeftTensor] = {}
+        for placement in placements:
+            path, adapter = placement.path, placement.adapter
+            # peft copies whole layers: those with running statistics would have them twice, and train them.
+            if not isinstance(adapter, TunedParameters) or {*read_parameters(model.get_submodule(path))} != {
+                *adapter.copies()
+            }:
+                return None
+            for name, copy in adapter.copies().items():
+                tensors[f"{path}.{_LAYERS}.{name}"] = PeftTensor((copy,))
+        names = [placement.path for placement in placements]
+        return PeftForm(
+            config={"peft_type": "LN_TUNING", "target_modules": exact_targets(names, model)}, tensors=tensors
+        )
+
+    @classmethod
+    def from_peft(cls, file: PeftFile) -> tuple["LayerNormTuning", Mapping[str, Tensor]]:
+        file.check_fields()
+        names = file.hosts(f"{_LAYERS}.weight", f"{_LAYERS}.bias")
+        return cls(target_modules=exact_names(names, file.model), modules_to_save=None), file.tensors
+
+
+_LAYERS = "ln_tuning_layers"

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, OutputAdapter, WeightAdapter, adapter_dtype
 from lightning_peft.core.gate import Gate
-from lightning_peft.core.hosts import EmbeddingLayout, Host
-from lightning_peft.core.method import LayerMethod, is_number
+from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, TransposedLayout
+from lightning_peft.core.method import LayerMethod, Placement, is_number
+from lightning_peft.core.peft_form import CONFIG, PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, exceptions
 from lightning_peft.core.targets import matches_end, pattern_value
-from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
+from lightning_peft.errors import CheckpointError, ConfigError, NotApplicableError, TargetError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class LoRA(LayerMethod):
     Raises:
         ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
     """
+
+    peft_types: ClassVar[tuple[str, ...]] = ("LORA",)
 
     r: int = 8
     """Rank of the update, at least 1 and at most the smaller side of each layer's matrix."""
@@ -101,6 +105,68 @@ class LoRA(LayerMethod):
             )
         return LoRAWeight(host, r, scale)
 
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+        tensors: dict[str, PeftTensor] = {}
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        transposed = []
+        for placement in placements:
+            path, adapter = placement.path, placement.adapter
+            if not isinstance(adapter, LoRAOutput) or not (named := adapter.peft_tensors()):
+                return None  # peft has it in no layer that reads its weight itself (but for a part of one), and no gate
+            tensors |= {f"{path}.{key}": PeftTensor((tensor,)) for key, tensor in named.items()}
+            ranks[path] = r = adapter.lora_A.shape[0]
+            divisor = math.sqrt(r) if self.use_rslora else r
+            # One of the fields, as it was written: what the scale was computed from cannot be had back exactly.
+            known = {self.alpha, *self.alpha_pattern.values()}
+            alphas[path] = min(known, key=lambda alpha: abs(alpha / divisor - adapter.scale))
+            transposed.append(type(adapter.layout) is TransposedLayout)
+        (r, rank_pattern), (alpha, alpha_pattern) = exceptions(ranks), exceptions(alphas)
+        config = {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "bias": "none",
+            "fan_in_fan_out": any(transposed),
+            "target_modules": exact_targets(ranks, model),
+        }
+        return PeftForm(config=config, tensors=tensors)
+
+    @classmethod
+    def from_peft(cls, file: PeftFile) -> tuple["LoRA", Mapping[str, Tensor]]:
+        file.check_fields(*_READ)
+        for name, harmless in (("bias", ("none", None)), ("init_lora_weights", _INITS)):
+            if file.config.get(name) not in harmless:
+                raise file.unsupported(name)
+        r, alpha = file.whole("r", 8), file.number("lora_alpha", 8)
+        rank_pattern, alpha_pattern = file.patterns("rank_pattern"), file.patterns("alpha_pattern")
+        ranks = {path: a.shape[0] for path, a in file.hosts("lora_A.weight", "lora_embedding_A").items()}
+        for path, found in ranks.items():
+            if found != pattern_value(rank_pattern, path, r):
+                raise CheckpointError(
+                    f"{CONFIG} gives '{path}' the rank {pattern_value(rank_pattern, path, r)}, and its tensors have "
+                    f"{found}: r or rank_pattern was edited, or the files belong to two adapters."
+                )
+        (r, ranks), (alpha, alphas) = (
+            exceptions(ranks),
+            exceptions({path: pattern_value(alpha_pattern, path, alpha) for path in ranks}),
+        )
+        method = cls(
+            r=r,
+            alpha=alpha,
+            dropout=file.number("lora_dropout", 0.0),
+            use_rslora=file.flag("use_rslora"),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            target_modules=exact_names(file.hosts("lora_A.weight", "lora_embedding_A"), file.model),
+            modules_to_save=None,
+        )
+        return method, file.tensors
+
 
 class LoRAOutput(OutputAdapter):
     """Adds ``s * B A x`` to the host's output, times a gate if there is one."""
@@ -127,6 +193,18 @@ class LoRAOutput(OutputAdapter):
         weight = parameters["weight"]
         return {"weight": weight + _delta(self, weight)}
 
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """The factors by peft's names and in its shapes; empty where peft would compute something else."""
+        layout, a, b = self.layout, self.lora_A.detach(), self.lora_B.detach()
+        if isinstance(layout, EmbeddingLayout):
+            return {"lora_embedding_A": a, "lora_embedding_B": b}
+        if isinstance(layout, ConvLayout):
+            # peft's factors have no dilation and no padding mode, and with groups the second one has groups as well.
+            if layout.groups > 1 or set(layout.dilation) != {1} or layout.padding_mode != "zeros":
+                return {}
+            a, b = layout.native(a), b.view(*b.shape, *[1] * len(layout.kernel))
+        return {} if self.gate else {"lora_A.weight": a, "lora_B.weight": b}
+
 
 class LoRAWeight(WeightAdapter):
     """Adds ``s * B A`` to a weight that its host reads itself."""
@@ -141,6 +219,14 @@ class LoRAWeight(WeightAdapter):
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         return weight + _delta(self, weight)
+
+
+# What from_peft reads, and what only says how the factors started (those that change the base when they start do not).
+_READ = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+    "loftq_config", "eva_config", "megatron_core", "qalora_group_size", "runtime_config",
+)  # fmt: skip
+_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def _factors(host: Host, r: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
-from lightning_peft.core.method import Method, Plan
-from lightning_peft.core.prompts import plan_prompts
+from lightning_peft.core.method import Method, Placement, Plan
+from lightning_peft.core.peft_form import PROMPT, PeftForm, PeftTensor, sizes
+from lightning_peft.core.prompts import PromptInput, plan_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +58,24 @@ class PTuning(Method):
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
         return plan_prompts("PTuning", model, self.num_virtual_tokens, lambda table: EncodedPrompt(self, table.weight))
 
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+        prompts = [p.adapter.prompt for p in placements if isinstance(p.adapter, PromptInput)]
+        if len(prompts) != 1 or not isinstance(prompts[0], EncodedPrompt):
+            return None
+        vectors = prompts[0].vectors()
+        config = {
+            "peft_type": "P_TUNING",
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "token_dim": vectors.shape[1],
+            **sizes(model),
+            "num_transformer_submodules": 1,  # of an encoder-decoder model, the encoder alone
+            "encoder_reparameterization_type": self.encoder.upper(),
+            "encoder_hidden_size": self.encoder_hidden_size or vectors.shape[1],
+            "encoder_num_layers": self.encoder_num_layers,
+            "encoder_dropout": self.encoder_dropout,
+        }
+        return PeftForm(config=config, tensors={PROMPT: PeftTensor((vectors,))}, exact=False)
+
 
 class EncodedPrompt(nn.Module):
     """The vectors and their encoder: () -> (P, d)."""
@@ -75,6 +94,14 @@ class EncodedPrompt(nn.Module):
             sizes = [2 * h, 2 * h, d]
         linears = [nn.Linear(size_in, size_out, **options) for size_in, size_out in pairwise(sizes)]
         self.mlp = nn.Sequential(linears[0], *[layer for linear in linears[1:] for layer in (nn.ReLU(), linear)])
+
+    @torch.no_grad()
+    def vectors(self) -> Tensor:
+        """The prompt without dropout, (P, d)."""
+        training = self.training
+        prompt: Tensor = self.eval()()
+        self.train(training)
+        return prompt
 
     def forward(self) -> Tensor:
         x = self.embedding[None]

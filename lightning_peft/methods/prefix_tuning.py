@@ -10,7 +10,7 @@ where positions are absolute or rotary, as in the reference implementation.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -24,11 +24,12 @@ from lightning_peft.core.gate import Gate, GatedInput
 from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.method import Method, Placement, Plan, is_number
 from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
+from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftForm, PeftTensor, sizes
 from lightning_peft.core.positions import PositionShift, check_room, positions_above
 from lightning_peft.core.slots import base_modules
 from lightning_peft.core.taps import Tap
 from lightning_peft.core.targets import layer_index, narrow
-from lightning_peft.errors import NotApplicableError, TargetError
+from lightning_peft.errors import BaseMismatchError, NotApplicableError, TargetError
 
 _PLACES = ("encoder", "decoder", "cross")
 
@@ -43,6 +44,7 @@ class PrefixTuning(Method):
     """
 
     exclusive: ClassVar[str] = "prefix"
+    peft_types: ClassVar[tuple[str, ...]] = ("PREFIX_TUNING",)
 
     num_virtual_tokens: int = 20
     """Keys and values of the prefix in each attention, at least 1."""
@@ -112,6 +114,51 @@ class PrefixTuning(Method):
             check_room("PrefixTuning", self.num_virtual_tokens, path, module)
             placements.append(Placement(path, PositionShift(path, module, self.num_virtual_tokens), "positions"))
         return Plan(placements)
+
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+        blocks = find_blocks(list(find_hosts(model)))
+        adapters = [p.adapter for p in placements if isinstance(p.adapter, PrefixedAttention)]
+        prefixes = [adapter.prefix for adapter in adapters if isinstance(adapter.prefix, Prefix)]
+        pairs = [prefix.flat() for prefix in prefixes]
+        widths = {keys.shape[-1] for keys, _ in pairs}
+        # peft has one prefix in every layer, and of an encoder-decoder model in the decoder's attention to itself.
+        partial = self.exclude_modules is not None or self.layers is not None
+        crosses = _crossing(blocks)
+        if self.gating or partial or len(widths) != 1 or (crosses and {*self.places} != {"decoder"}):
+            return None
+        order = _order(len(pairs), crosses)
+        spare = torch.zeros_like(pairs[0][0]), torch.zeros_like(pairs[0][1])
+        parts = [part for layer in order for part in (pairs[layer] if layer < len(pairs) else spare)]
+        config = {
+            "peft_type": "PREFIX_TUNING",
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "token_dim": widths.pop(),
+            **sizes(model),
+            "num_layers": len(order),
+            "num_transformer_submodules": 2 if crosses else 1,
+            "prefix_projection": False,  # what is saved has no MLP any more, and can be trained on as it is
+        }
+        tensor = PeftTensor(tuple(part.detach() for part in parts), dim=1)
+        return PeftForm(config=config, tensors={PROMPT: tensor}, exact=not self.prefix_projection)
+
+    @classmethod
+    def from_peft(cls, file: PeftFile) -> tuple["PrefixTuning", Mapping[str, Tensor]]:
+        file.check_fields(*_READ)
+        flat, size = file.prompt()
+        method = cls(num_virtual_tokens=size, places=["decoder"], modules_to_save=None)
+        blocks = find_blocks(list(find_hosts(file.model)))
+        count, layers = sum(1 for _ in method._chosen(blocks)), file.whole("num_layers")
+        if layers < max(count, 1) or flat.shape[1] % (2 * layers) or (layers != count and not _crossing(blocks)):
+            raise BaseMismatchError(
+                f"The adapter belongs to another base: its prefix is {list(flat.shape)} for {layers} layers, and "
+                f"{type(file.model).__name__} has {count}. Load the base model that the adapter was trained on."
+            )
+        pairs = [*flat.chunk(layers, 1)]
+        if file.config.get("num_transformer_submodules", 2 if _crossing(blocks) else 1) == 2:
+            # peft cuts this as if each layer had two pairs: layer l gets pair 2l, beginning again at the end.
+            pairs = [pairs[2 * layer % layers] for layer in range(count)]
+        pairs.append(torch.zeros_like(pairs[0]))
+        return method, {**file.tensors, PROMPT: torch.cat([pairs[i] for i in _order(count, _crossing(blocks))], 1)}
 
     def _chosen(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Attention]]:
         for block in blocks:
@@ -192,6 +239,28 @@ class Trunk(Adapter):
     def forward(self) -> Tensor:
         hidden: Tensor = self.down(self.embedding)
         return hidden.tanh()
+
+
+# What from_peft reads, and what only says where the prefix came from.
+_READ = (
+    "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+    "prefix_projection", "encoder_hidden_size", "init_weights",
+)  # fmt: skip
+
+
+def _order(layers: int, crosses: bool) -> list[int]:
+    """Which layer's pair of keys and values stands where in peft's flat prefix; ``layers`` for one that none reads.
+
+    Of N pairs, layer l of an encoder-decoder model is given pair 2l, beginning again at the end. With an odd N, each
+    has its own.
+    """
+    if not crosses:
+        return list(range(layers))
+    pairs = layers | 1
+    order = [layers] * pairs
+    for layer in range(layers):
+        order[2 * layer % pairs] = layer
+    return order
 
 
 def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tuple[str, int]:
