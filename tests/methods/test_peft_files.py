@@ -346,3 +346,15 @@ def test_peft_goes_on_training_from_what_was_saved_here(tmp_path: Path) -> None:
     assert all(p.grad is not None for p in wrapped.parameters() if p.requires_grad)
     ours, theirs = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (trained, wrapped))
     assert ours == theirs
+
+
+def test_more_layers_than_peft_searches_one_by_one(tmp_path: Path) -> None:
+    """From twenty names on, peft looks for shorter ones that mean the same."""
+    base, batch = tiny_models.bert(num_hidden_layers=12).eval(), _batch("bert")
+    trained = copy.deepcopy(base)
+    inject(trained, LoRA(r=2, target_modules=["attention", "output.dense"], layers=[0, 1, 3, 7, 10, 11]))
+    _move(trained)
+    save_adapter(trained, tmp_path)
+    torch.testing.assert_close(
+        _logits(load_with_peft(base, tmp_path), batch), _logits(trained, batch), rtol=1e-5, atol=1e-5
+    )
