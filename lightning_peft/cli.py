@@ -17,6 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from rich.table import Table
 from typing_extensions import override
 
+from lightning_peft.commands import COMMANDS, CommandTrainer, show_file
 from lightning_peft.core.checkpoint import RECORD, recorded_methods
 from lightning_peft.core.method import registered_methods
 from lightning_peft.data import TextClassificationData
@@ -73,10 +74,9 @@ class PEFTCLI(LightningCLI):
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         defaults: dict[str, Any] = {
             "model_class": L.LightningModule,
-            "datamodule_class": L.LightningDataModule,
             "subclass_mode_model": True,
-            "subclass_mode_data": True,
             "save_config_kwargs": {"overwrite": True},
+            "trainer_class": CommandTrainer,
             "parser_class": PEFTArgumentParser,
         }
         super().__init__(args=args, **{**defaults, **kwargs})
@@ -89,20 +89,31 @@ class PEFTCLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         # Lightning reads the file's hyperparameters here; a file that cannot be read should say so in our words.
-        path = self.config.get(self.config.get("subcommand"), {}).get("ckpt_path")
-        if path and Path(path).is_file():
-            self._take_method(read_checkpoint(path))
+        if subcommand := self.config.get("subcommand"):
+            path, peft = self.config[subcommand].get("ckpt_path"), self.config[subcommand].peft
+            checkpoint = read_checkpoint(path) if path and Path(path).is_file() else {}
+            if peft.method == self._parser(subcommand).get_defaults().peft.method:  # the user has chosen none
+                methods = recorded_methods(checkpoint[RECORD]) if RECORD in checkpoint else {}
+                if method := methods.get(("", peft.name)):
+                    self._choose(subcommand, _as_class(method.to_config()))
+                elif peft.init_from:
+                    self._choose(subcommand, None)
         super()._parse_ckpt_path()
 
-    def _take_method(self, checkpoint: Mapping[str, Any]) -> None:
-        """Use the method of the checkpoint where the user has chosen none."""
-        subcommand = self.config.subcommand
-        given, default = self.config[subcommand].peft.method, self._parser(subcommand).get_defaults().peft.method
-        methods = recorded_methods(checkpoint[RECORD]) if RECORD in checkpoint else {}
-        method = methods.get(("", self.config[subcommand].peft.name))
-        if method and given == default:
-            chosen = _as_class(method.to_config())
-            self.config = self.parser.parse_object({subcommand: {"peft": {"method": chosen}}}, self.config)
+    def _choose(self, subcommand: str, method: dict[str, Any] | None) -> None:
+        self.config = self.parser.parse_object({subcommand: {"peft": {"method": method}}}, self.config)
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in COMMANDS:  # nothing is logged there
+            parser.set_defaults({"trainer.logger": False})
+        return parser
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in COMMANDS}}
 
     @override
     def _add_configure_optimizers_method_to_model(self, subcommand: str | None) -> None:
@@ -136,8 +147,12 @@ def _as_class(config: Any) -> Any:
 def main(args: ArgsType = None) -> None:
     """Run the command. An error of this library is shown as one message, without a traceback."""
     _hush()
+    given = sys.argv[1:] if args is None else args
     try:
-        PEFTCLI(args)
+        if isinstance(given, list) and len(given) == 2 and given[0] == "inspect" and not given[1].startswith("-"):
+            show_file(given[1])
+        else:
+            PEFTCLI(args)
     except Exception as error:
         ours = _our_error(error)
         if ours is None:

@@ -1,16 +1,19 @@
 """The adapter's part of a checkpoint: its tensors, and the record that lets it be attached and checked again."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_peft.core.fingerprint import check_base, fingerprint
-from lightning_peft.core.injection import inject, remove
+from lightning_peft.core.injection import Injection, inject, plan_injection, remove
 from lightning_peft.core.method import Method
 from lightning_peft.core.names import plain_name
 from lightning_peft.core.registry import registries, registry_of
 from lightning_peft.core.saved import resolve_saved
+from lightning_peft.core.slots import CHILD
+from lightning_peft.core.transfer import OWN_NAME, load_own
 from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, PEFTError, did_you_mean
 
 RECORD = "lightning_peft"
@@ -89,6 +92,30 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
         if isinstance(error, AdapterNameError):
             raise CheckpointError(f"The '{RECORD}' record of this file is damaged: {error}") from error
         raise
+
+
+def prepare_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Tensor], name: str) -> Injection:
+    """Plan to attach one adapter of a checkpoint as ``name``, filled, beside what ``model`` carries already.
+
+    The checkpoint's adapter of that name is taken, or the only one it has. The model is only read.
+
+    Raises:
+        BaseMismatchError: it was trained on another base.
+        CheckpointError: the checkpoint does not hold such an adapter, or is damaged.
+    """
+    entries = {entry: method for (path, entry), method in recorded_methods(recorded).items() if not path}
+    source = name if name in entries or len(entries) != 1 else next(iter(entries))
+    if source not in entries:
+        raise CheckpointError(
+            f"The file holds no adapter {name!r} of the whole module; it holds "
+            f"{', '.join(map(repr, entries)) or 'none'}. Give the new one that name."
+        )
+    injection = plan_injection(model, entries[source], name)
+    check_base(model, recorded.get("base"), injection.saved)
+    own = re.compile(rf"(^|\.){CHILD}\.{re.escape(source)}(?=[.:])")
+    found = {own.sub(rf"\1{CHILD}.{OWN_NAME}", key): value for key, value in state.items() if own.search(key)}
+    load_own(injection.placements, found)
+    return injection
 
 
 def recorded_methods(recorded: Any) -> dict[tuple[str, str], Method]:

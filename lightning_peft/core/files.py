@@ -1,11 +1,11 @@
-"""Reading and writing the files of an adapter directory: atomically, without pickle, and with a checksum of each."""
+"""Reading and writing files: atomically, without pickle, and with a checksum of each."""
 
 import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,20 @@ def from_safetensors(data: bytes, path: Path) -> dict[str, Tensor]:
         return load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is no whole safetensors file ({error}): it is truncated or damaged.") from error
+
+
+@contextmanager
+def replaced_whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` to write to; it takes the place of ``path`` at the end of the ``with`` block.
+
+    A process that is killed meanwhile leaves the former file as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")  # one name for all writes: the next one overwrites what was left
+    yield temporary
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _sync(path.parent)
 
 
 def replace_all(folder: Path, contents: Mapping[str, bytes], stale: Iterable[str] = ()) -> None:

@@ -26,7 +26,8 @@ from lightning_peft.core.saved import SavedParameters
 from lightning_peft.core.slots import CHILD, slot_name
 from lightning_peft.errors import AdapterKeyError, CheckpointError, TargetError, did_you_mean
 
-_KEY = "default"  # what adapters are called in the keys of our own, whatever they are called in the model
+OWN_NAME = "default"
+"""What adapters are called in our own keys of a file, whatever they are called in the model."""
 _SHORT = ("float32", "bfloat16", "float16")
 
 
@@ -144,13 +145,13 @@ def _from_record(model: nn.Module, directory: Directory, record: Mapping[str, An
     if (form is not None) != record["in_peft_format"]:
         raise CheckpointError(f"{directory.path / RECORD} says that peft has this adapter, and it has not.")
     if form is None:
-        _load_own(placements, directory.tensors)
+        load_own(placements, directory.tensors)
         return injection
     tensors = strip(directory.tensors)
     if form.exact:
         fill(form, tensors, network)
         return injection
-    _load_own(_without_saved(placements), directory.trained or {})
+    load_own(_without_saved(placements), directory.trained or {})
     # Of peft's file, what was computed is left.
     saved_part = replace(form, tensors={k: t for k, t in form.tensors.items() if inside(k, saved)})
     fill(saved_part, {k: t for k, t in tensors.items() if k in saved_part.tensors or k not in form.tensors}, network)
@@ -243,7 +244,7 @@ def _without_saved(placements: Sequence[Placement]) -> list[Placement]:
 
 
 def _prefix(placement: Placement) -> str:
-    return ".".join(part for part in (placement.path, CHILD, slot_name(_KEY, placement.part)) if part) + "."
+    return ".".join(part for part in (placement.path, CHILD, slot_name(OWN_NAME, placement.part)) if part) + "."
 
 
 def _own(placements: Sequence[Placement]) -> dict[str, Tensor]:
@@ -254,7 +255,7 @@ def _own(placements: Sequence[Placement]) -> dict[str, Tensor]:
     }
 
 
-def _load_own(placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
+def load_own(placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
     """Put ``tensors`` into adapters that are not attached yet.
 
     Raises:

@@ -25,6 +25,7 @@ from lightning_peft.errors import AdapterNameError, CheckpointError
 from lightning_peft.training.base_weights import load_base_weights
 from lightning_peft.training.checks import GradientWatch, check_all_is_saved, check_optimizers, check_still_there
 from lightning_peft.training.contents import Content, check_content, keep_content
+from lightning_peft.training.continuing import continue_adapter
 from lightning_peft.training.trainer import check_trainer, make_files_safe, renew_copies
 
 FrozenMode = Literal["train", "eval"]
@@ -35,11 +36,13 @@ _INTENT = "_peft_intent"
 class Intent:
     """What is to become of a module; several PEFTCallbacks share one."""
 
-    methods: dict[str, Method] = field(default_factory=dict)
-    """What to inject, by the adapter's name."""
+    methods: dict[str, Method | None] = field(default_factory=dict)
+    """What to inject, by the adapter's name; None for the method of the file that it starts from."""
     checkpoint: Content = "adapter"
     frozen_mode: FrozenMode = "train"
     base_weights: str | Path | None = None
+    sources: dict[str, str | Path] = field(default_factory=dict)
+    """Files that adapters start from, by the adapter's name."""
     watch: GradientWatch | None = None
     fitting: bool = False
     """Whether ``fit`` is past its start."""
@@ -154,18 +157,22 @@ def _subclass(cls: Any) -> type:
     return type(cls.__name__, (hooks, cls), {**names, "_peft_original": cls})
 
 
-def adapt(module: nn.Module, name: str, method: Method, **options: Any) -> None:
+def adapt(
+    module: nn.Module, name: str, method: Method | None, source: str | Path | None = None, **options: Any
+) -> None:
     """Make ``module`` carry adapters, and let ``method`` wait until its network is built.
 
     Args:
         module: a LightningModule.
         name: the adapter's name.
         method: what to inject.
-        options: the other fields of :class:`Intent`.
+        source: the file that the adapter starts from.
+        options: other fields of :class:`Intent`.
     """
     module.__class__ = adapted_class(type(module))
     before = intent_of(module)
-    module.__dict__[_INTENT] = Intent(methods={**before.methods, name: method}, **options)
+    sources = {**before.sources, name: source} if source else before.sources
+    module.__dict__[_INTENT] = Intent(methods={**before.methods, name: method}, sources=sources, **options)
 
 
 def intent_of(module: nn.Module) -> Intent:
@@ -190,16 +197,19 @@ def attach(module: L.LightningModule) -> None:
     own = registry_of(module)
     attached = own.attachments if own else {}
     for name in attached.keys() & intent.methods.keys():
-        if attached[name].method.to_config() != intent.methods[name].to_config():
+        if (wanted := intent.methods[name]) and attached[name].method.to_config() != wanted.to_config():
             raise AdapterNameError(
                 f"{type(module).__name__} has an adapter {name!r} already, {attached[name].method}, and PEFTCallback "
-                f"asks for {intent.methods[name]}. Give the new one another name, or remove(model, {name!r}) first."
+                f"asks for {wanted}. Give the new one another name, or remove(model, {name!r}) first."
             )
     if intent.base_weights and not has_adapters(module):
         load_base_weights(module, intent.base_weights)
     waiting = {name: method for name, method in intent.methods.items() if name not in attached}
     for name, method in waiting.items():
-        inject(module, method, name)
+        if name in intent.sources:
+            continue_adapter(module, intent.sources[name], name, method)
+        else:
+            inject(module, method, name)  # type: ignore[arg-type]
     if trainer and waiting:
         renew_copies(trainer, module)
 

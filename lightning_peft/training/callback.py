@@ -25,7 +25,7 @@ class PEFTCallback(L.Callback):
     loaded. Where it stands among the Trainer's callbacks makes no difference.
 
     Args:
-        method: what to inject, such as ``LoRA(r=8)``. None trains the whole model, for comparison.
+        method: what to inject, such as ``LoRA(r=8)``. None, with no ``init_from``, trains the whole model.
         name: the adapter's name. Several callbacks with different names train several adapters together.
         show: print a table of what is injected, trained and frozen before training starts.
         checkpoint: what a ``.ckpt`` holds: ``"adapter"`` alone; ``"merged"``, a full checkpoint with the original keys,
@@ -33,6 +33,8 @@ class PEFTCallback(L.Callback):
         frozen_mode: the mode of the frozen base while training: ``"train"`` leaves its dropout as the module has it,
             ``"eval"`` turns it off. Normalisation layers with running statistics are in eval in both.
         base_weights: a full checkpoint, state dict or ``.safetensors`` file of the module, loaded before injection.
+        init_from: an adapter directory, or a ``.ckpt`` with an adapter, to go on from on a new task. Leave ``method``
+            None to take the one it was trained with; another one is an error.
 
     Raises:
         ConfigError: an option has a value it cannot have, or differs between callbacks of one Trainer.
@@ -49,6 +51,7 @@ class PEFTCallback(L.Callback):
         checkpoint: Content = "adapter",
         frozen_mode: FrozenMode = "train",
         base_weights: str | Path | None = None,
+        init_from: str | Path | None = None,
     ) -> None:
         if method is not None and not isinstance(method, Method):
             raise ConfigError(f"PEFTCallback needs a method such as LoRA(r=8), or None, not {method!r}.")
@@ -58,7 +61,7 @@ class PEFTCallback(L.Callback):
         ):
             if value not in choices:
                 raise ConfigError(f"PEFTCallback: {option}={value!r} must be one of {', '.join(map(repr, choices))}.")
-        self.method, self.name, self.show = method, name, show
+        self.method, self.name, self.show, self.init_from = method, name, show, init_from
         self.options = {"checkpoint": checkpoint, "frozen_mode": frozen_mode, "base_weights": base_weights}
 
     @property
@@ -68,7 +71,7 @@ class PEFTCallback(L.Callback):
 
     @override
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.method is None:
+        if not self._adapts:
             return
         check_trainer(trainer)
         for other in _peft_callbacks(trainer):
@@ -76,18 +79,22 @@ class PEFTCallback(L.Callback):
                 raise ConfigError(
                     f"There are two PEFTCallbacks with the name {self.name!r}: give one another, name='second'."
                 )
-            if other.method is not None and other.options != self.options:
+            if other._adapts and other.options != self.options:
                 raise ConfigError(
                     f"The PEFTCallbacks {self.name!r} and {other.name!r} train one module and must agree, and say "
                     f"{self.options} and {other.options}."
                 )
-        adapt(pl_module, self.name, self.method, **self.options)
+        adapt(pl_module, self.name, self.method, self.init_from, **self.options)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # One table holds the adapters of all callbacks.
-        if self.method is not None and self.show and next(_peft_callbacks(trainer)) is self:
+        if self._adapts and self.show and next(_peft_callbacks(trainer)) is self:
             rank_zero_only(rich.print)(report(pl_module))
+
+    @property
+    def _adapts(self) -> bool:
+        return self.method is not None or self.init_from is not None
 
 
 def _peft_callbacks(trainer: L.Trainer) -> Iterator[PEFTCallback]:

@@ -85,7 +85,7 @@ class TextClassifier(PEFTModule):
         try:
             data.check_head(self.confusion.num_classes)
             # The head may hold more labels than this data has; the others keep their number as a name.
-            self.label_names[: data.num_labels] = data.label_names
+            self._name_labels([*data.label_names, *self.label_names[data.num_labels :]])
         except DataError:
             if stage != "predict":  # rows to predict need no labels
                 raise
@@ -98,7 +98,13 @@ class TextClassifier(PEFTModule):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.label_names = list(checkpoint.get("label_names", self.label_names))
+        self._name_labels(list(checkpoint.get("label_names", self.label_names)))
+
+    def _name_labels(self, names: list[str]) -> None:
+        self.label_names = names
+        # So that a merged model, saved for transformers, says them too.
+        self.model.config.id2label = dict(enumerate(names))
+        self.model.config.label2id = {name: i for i, name in enumerate(names)}
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Logits (rows, labels) of tokenised texts (rows, tokens)."""

@@ -1,20 +1,18 @@
 """Reading and writing ``.ckpt`` files: a bad one is this library's error, and a killed process leaves no half one."""
 
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
-from safetensors.torch import load_file
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.core.checkpoint import RECORD
 from lightning_peft.core.checksum import checksum
+from lightning_peft.core.files import replaced_whole
 from lightning_peft.errors import CheckpointError
 
 _CHECKSUM = "checksum"
@@ -44,6 +42,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: there is no such file, it is damaged, or holds no tensors by name.
     """
+    from safetensors.torch import load_file
+
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
@@ -90,19 +90,6 @@ class SafeCheckpointIO(CheckpointIO):
     @override
     def teardown(self) -> None:
         self.inner.teardown()
-
-
-@contextmanager
-def replaced_whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write to; it takes the place of ``path`` at the end of the ``with`` block.
-
-    A process that is killed meanwhile leaves the former file as it was.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")  # one name for all writes: the next one overwrites what was left
-    yield temporary
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _unreadable(path: object, error: Exception) -> CheckpointError:

@@ -1,0 +1,41 @@
+"""Going on from an adapter that was trained before, on another task."""
+
+from pathlib import Path
+
+from torch import nn
+
+from lightning_peft.core.checkpoint import RECORD, prepare_recorded
+from lightning_peft.core.directory import read_directory
+from lightning_peft.core.injection import attach
+from lightning_peft.core.method import Method
+from lightning_peft.core.transfer import prepare
+from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.training.files import read_checkpoint
+
+
+def continue_adapter(module: nn.Module, path: str | Path, name: str, method: Method | None = None) -> None:
+    """Attach the adapter that lies at ``path`` to ``module`` as ``name``, with its values.
+
+    Args:
+        module: the network, without an adapter of that name.
+        path: an adapter directory, or a ``.ckpt`` with an adapter of that name or with one adapter.
+        name: what to call it here.
+        method: what it has to be; None for whatever it is.
+
+    Raises:
+        ConfigError: it was trained with another method.
+        PEFTError: it cannot be read, or does not fit.
+    """
+    if Path(path).is_dir():
+        injection = prepare(module, read_directory(path), name)
+    else:
+        checkpoint = read_checkpoint(path)
+        if RECORD not in checkpoint:
+            raise CheckpointError(f"{path} holds no adapter; it looks like a full checkpoint: see base_weights.")
+        injection = prepare_recorded(module, checkpoint[RECORD], checkpoint["state_dict"], name)
+    if method is not None and injection.method.to_config() != method.to_config():
+        raise ConfigError(
+            f"init_from={str(path)!r} is an adapter of {injection.method}, and PEFTCallback asks for {method}. Leave "
+            "the method out (None) to take that of the file."
+        )
+    attach(module, injection)
