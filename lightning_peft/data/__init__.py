@@ -3,7 +3,7 @@
 ``datasets`` and ``transformers`` are imported when data is first loaded, not here.
 """
 
-from lightning_peft.data.sampler import EpochRandomSampler, LengthBucketBatchSampler
+from lightning_peft.data.sampler import EpochRandomSampler, LengthBucketBatchSampler, ResumableDataLoader
 from lightning_peft.data.text_classification import TextClassificationData
 
-__all__ = ["EpochRandomSampler", "LengthBucketBatchSampler", "TextClassificationData"]
+__all__ = ["EpochRandomSampler", "LengthBucketBatchSampler", "ResumableDataLoader", "TextClassificationData"]

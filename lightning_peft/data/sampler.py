@@ -3,10 +3,13 @@
 Lightning calls ``set_epoch`` on a loader's ``sampler`` and on its ``batch_sampler.sampler`` before each epoch. Under a
 distributed strategy it replaces the latter by a ``DistributedSampler`` (which has an ``epoch`` of its own) and builds
 the batch sampler again with the arguments it was first built with. Both samplers here are made for exactly that.
+
+Together with the loader here, which remembers how far it got, a run can be resumed in the middle of an epoch.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
@@ -108,13 +111,37 @@ class LengthBucketBatchSampler(BatchSampler):
                 yield batches[index]
 
 
-class LateStartDataLoader(DataLoader):
-    """A ``DataLoader`` that starts when its first batch is asked for, not when ``iter`` is called.
+class ResumableDataLoader(DataLoader):
+    """A ``DataLoader`` that goes on in the middle of an epoch, with the batches that a straight run would see.
 
-    Lightning calls ``iter`` on the training loader once before it calls ``set_epoch`` for the first epoch of a run.
-    With ``num_workers`` > 0 torch then draws the first batches at once, so that a resumed run would begin with the
-    batches of epoch 0.
+    Lightning keeps the state of a loader that has one in every checkpoint, and gives it back when the run is resumed.
+    The batches that were seen are then fetched once more and dropped, which costs their preparation but no step. The
+    sampler must have an ``epoch``, as those here and torch's ``DistributedSampler`` have; else the epoch begins anew.
+
+    It starts when its first batch is asked for, not when ``iter`` is called: Lightning calls ``iter`` on the training
+    loader once before it calls ``set_epoch`` for the first epoch of a run. With ``num_workers`` > 0 torch then draws
+    the first batches at once, so that a resumed run would begin with the batches of epoch 0.
     """
 
+    # Not in __init__, so that Lightning can build the loader again from the arguments it knows of a DataLoader.
+    _epoch: int | None = None
+    _batches = 0
+    _resumes = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch, and how many of its batches were handed out."""
+        return {"epoch": self._epoch, "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on behind these batches, if the next ``iter`` is of the same epoch."""
+        self._epoch, self._batches, self._resumes = state["epoch"], state["batches"], True
+
     def __iter__(self) -> Iterator:  # type: ignore[override]
-        yield from super().__iter__()
+        # Under a distributed strategy Lightning replaces the sampler inside the batch sampler.
+        epoch = getattr(getattr(self.batch_sampler, "sampler", self.sampler), "epoch", None)
+        resumes = self._resumes and epoch is not None and epoch == self._epoch
+        seen = self._batches if resumes else 0
+        self._epoch, self._batches, self._resumes = epoch, seen, False
+        for batch in islice(super().__iter__(), seen, None):
+            self._batches += 1
+            yield batch

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft.data.labels import find_label_ids, infer_label_names, is_unlabelled
 from lightning_peft.data.loading import Source, divide, read_file, read_path, require_columns, require_text
-from lightning_peft.data.sampler import EpochRandomSampler, LateStartDataLoader, LengthBucketBatchSampler
+from lightning_peft.data.sampler import EpochRandomSampler, LengthBucketBatchSampler, ResumableDataLoader
 from lightning_peft.data.tokenizing import (
     PaddingCollator,
     Tokenize,
@@ -40,7 +40,8 @@ class TextClassificationData(L.LightningDataModule):
     of str. Predict reads ``predict_file`` (which needs no label column), else the test rows.
 
     The order of the training batches depends on ``split_seed`` and the epoch alone (under a distributed strategy on
-    Lightning's global seed, too), so a run resumed after an epoch sees the batches of a straight run.
+    Lightning's global seed, too), so a resumed run, also one resumed in the middle of an epoch, sees the batches of a
+    straight run.
 
     A split that is in the data is used as it is. Else it is taken from the training rows, at random by ``split_seed``.
     The texts "NA" and "null" in a csv file are texts; an empty text or label is an error. Integer labels 0 .. k-1 are
@@ -193,10 +194,10 @@ class TextClassificationData(L.LightningDataModule):
             return DataLoader(batch_size=self.batch_size, **common)
         sampler = EpochRandomSampler(range(len(rows)), seed=self.split_seed)
         if not self.bucket:
-            return LateStartDataLoader(sampler=sampler, batch_size=self.batch_size, **common)
+            return ResumableDataLoader(sampler=sampler, batch_size=self.batch_size, **common)
         lengths = rows.with_format("numpy")["length"][:]
         batches = LengthBucketBatchSampler(sampler, self.batch_size, False, lengths.tolist(), seed=self.split_seed)
-        return LateStartDataLoader(batch_sampler=batches, **common)
+        return ResumableDataLoader(batch_sampler=batches, **common)
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation batches."""

@@ -73,6 +73,46 @@ def test_a_resumed_run_sees_the_batches_of_a_straight_run(workers: int, bucket: 
     assert list(resumed.seen) == [2, 3]
 
 
+class SaveAfterEachBatch(L.Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.batches = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: object) -> None:
+        self.batches += 1
+        trainer.save_checkpoint(self.folder / f"{self.batches}.ckpt")
+
+    def on_validation_end(self, trainer: L.Trainer, *args: object) -> None:
+        """Where a ModelCheckpoint saves that monitors a validation."""
+        trainer.save_checkpoint(self.folder / f"{self.batches}-validated.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "stops"),
+    [
+        ({}, 0, range(1, 12)),
+        ({}, 1, (1, 4, 6)),
+        ({"limit_train_batches": 3}, 0, range(1, 9)),
+        ({"val_check_interval": 2}, 0, range(1, 12)),
+        ({"accumulate_grad_batches": 2}, 0, range(2, 12, 2)),
+    ],
+    ids=str,
+)
+def test_a_run_resumed_anywhere_sees_the_batches_of_a_straight_run(options, workers, stops, make, tmp_path):
+    """With a plain DataLoader Lightning would begin the epoch again, and leave out its end."""
+
+    def run(*callbacks: L.Callback, **ckpt: Path) -> list[list[int]]:
+        module = Recorder()
+        fit = trainer(3, callbacks=[*callbacks], **options)
+        fit.fit(module, make(batch_size=24, num_workers=workers), weights_only=True, **ckpt)
+        return [batch for epoch in module.seen.values() for batch in epoch]
+
+    straight = run(SaveAfterEachBatch(tmp_path))
+    for stop in stops:
+        for path in tmp_path.glob(f"{stop}[.-]*"):
+            assert run(ckpt_path=path) == straight[stop:], path.name
+
+
 def test_all_stages_run(make, rows):
     data, module = make(test_split=10), Recorder()
     fit = trainer(1)

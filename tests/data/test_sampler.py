@@ -9,8 +9,8 @@ from torch.utils.data import DistributedSampler
 
 from lightning_peft.data.sampler import (
     EpochRandomSampler,
-    LateStartDataLoader,
     LengthBucketBatchSampler,
+    ResumableDataLoader,
     seeded_generator,
 )
 from lightning_peft.errors import ConfigError
@@ -109,12 +109,46 @@ def test_epoch_is_read_when_the_first_batch_is_asked_for():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_loader_starts_late(workers: int):
     sampler = EpochRandomSampler(range(40), seed=0)
-    loader = LateStartDataLoader(range(40), sampler=sampler, batch_size=4, num_workers=workers)
+    loader = ResumableDataLoader(range(40), sampler=sampler, batch_size=4, num_workers=workers)
     iterator = iter(loader)
     sampler.set_epoch(3)
     expected = EpochRandomSampler(range(40), seed=0)
     expected.set_epoch(3)
     assert torch.cat(list(iterator)).tolist() == list(expected)
+
+
+def resumable(epoch: int = 0, workers: int = 0) -> ResumableDataLoader:
+    sampler = EpochRandomSampler(range(40))
+    sampler.set_epoch(epoch)
+    return ResumableDataLoader(range(40), sampler=sampler, batch_size=4, num_workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_goes_on_where_another_was(workers: int):
+    straight = torch.stack(list(resumable(epoch=2))).tolist()
+    for seen in (0, 1, 9):
+        first = resumable(epoch=2, workers=workers)
+        assert [batch.tolist() for batch in itertools.islice(first, seen)] == straight[:seen]
+        second = resumable(epoch=2, workers=workers)
+        second.load_state_dict(first.state_dict())
+        assert second.state_dict() == first.state_dict()  # that of a run which is stopped before its first step
+        assert [batch.tolist() for batch in second] == straight[seen:]
+        assert [batch.tolist() for batch in second] == straight  # only once
+
+
+def test_a_state_of_another_epoch_does_not_count():
+    """Lightning saves at the end of an epoch, too, and goes on with the next one."""
+    loader = resumable(epoch=3)
+    loader.load_state_dict({"epoch": 2, "batches": 10})
+    assert torch.cat(list(loader)).tolist() == torch.cat(list(resumable(epoch=3))).tolist()
+
+
+def test_without_an_epoch_the_order_is_not_known_and_a_resumed_epoch_begins_anew():
+    loader = ResumableDataLoader(range(8), batch_size=4)
+    list(itertools.islice(loader, 1))
+    again = ResumableDataLoader(range(8), batch_size=4)
+    again.load_state_dict(loader.state_dict())
+    assert torch.cat(list(again)).tolist() == list(range(8))
 
 
 def test_ranks_share_the_rows_and_meet_long_batches_together():
