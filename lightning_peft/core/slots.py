@@ -27,7 +27,8 @@ class AdapterSlots(nn.Module):
         self._before: tuple[InputAdapter, ...] = ()
         self._after: tuple[OutputAdapter, ...] = ()
         self._weights: tuple[WeightAdapter, ...] = ()
-        self._originals: dict[str, Any] = {}  # what the weight adapters displaced, while the host runs
+        # While the host runs: what the weight adapters displaced, and what is in its place.
+        self._displaced: dict[str, tuple[Any, Any]] = {}
 
     def add(self, slot: str, adapter: Adapter, host: nn.Module) -> None:
         """Put ``adapter`` at ``slot``. It stays inactive until :meth:`activate`."""
@@ -71,14 +72,19 @@ class AdapterSlots(nn.Module):
         """Whether an acting adapter puts a tensor in place of the host's ``name``."""
         return any(name in adapter.names for adapter in self._weights)
 
-    def restore(self, host: nn.Module) -> None:
-        """Put back what the weight adapters displaced."""
-        for path, original in self._originals.items():
+    def restore(self, host: nn.Module, ran: bool = False) -> None:
+        """Put back what the weight adapters displaced.
+
+        Unless the host ``ran`` to its end just now, something else may have done so: ``torch.func.functional_call``
+        leaves the base's own tensors behind when it is interrupted, and displaced were those that it was given.
+        """
+        for path, (original, replacement) in self._displaced.items():
             table, name = _table(host, path)
-            table[name] = original
-        if self._originals and isinstance(host, nn.RNNBase):
+            if ran or table[name] is replacement:
+                table[name] = original
+        if self._displaced and isinstance(host, nn.RNNBase):
             _refresh_flat_weights(host)
-        self._originals.clear()
+        self._displaced.clear()
 
     # The hooks -------------------------------------------------------------------------------------------------------
 
@@ -98,13 +104,14 @@ class AdapterSlots(nn.Module):
             for path in adapter.names:
                 table, name = _table(host, path)
                 # Only the first of several adapters sees the base's own tensor, the one to be put back.
-                self._originals.setdefault(path, table[name])
+                original, _ = self._displaced.get(path, (table[name], None))
                 table[name] = adapter(table[name], path)
+                self._displaced[path] = original, table[name]
         if self._weights and isinstance(host, nn.RNNBase):
             _refresh_flat_weights(host)
 
     def swap_out(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.restore(host)
+        self.restore(host, ran=True)
 
     def before_state_dict(self, host: nn.Module, prefix: str, keep_vars: bool) -> None:
         self.restore(host)
