@@ -65,7 +65,8 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
             check_all_is_saved(self)
             check_optimizers(self.trainer, self)
             check_content(self, intent_of(self).checkpoint)
-            intent_of(self).watch = GradientWatch(self)
+            self._stop_watching()  # an earlier fit may have been interrupted
+            intent_of(self).watch = GradientWatch(self, self.trainer.optimizers)
         intent_of(self).fitting = True
 
     def on_train_start(self) -> None:
@@ -77,20 +78,28 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
     def on_after_backward(self) -> None:
         """Raise after the first backward if an adapter got no gradient."""
         super().on_after_backward()
-        if self.automatic_optimization:
-            self._check_gradients()
+        watch = intent_of(self).watch
+        if watch and self.automatic_optimization:
+            intent_of(self).watch = None
+            watch.check()
 
     def on_train_epoch_end(self) -> None:
-        """The same in manual optimization, where a network may have its turn only every few batches."""
+        """The same in manual optimization, where an optimizer may have its turn only every few batches."""
         super().on_train_epoch_end()
-        if not self.automatic_optimization:
-            self._check_gradients()
+        watch = intent_of(self).watch
+        if watch and watch.check_stepped():
+            intent_of(self).watch = None
 
-    def _check_gradients(self) -> None:
+    def on_fit_end(self) -> None:
+        """Leave no hook behind, though an optimizer has never had its turn."""
+        super().on_fit_end()
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
         intent = intent_of(self)
         watch, intent.watch = intent.watch, None
         if watch:
-            watch.check()
+            watch.stop()
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; with ``frozen_mode="eval"`` what is frozen stays in eval."""

@@ -1,11 +1,12 @@
 """What is checked while a module with adapters trains, before time is lost."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import lightning as L
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_peft.core.checkpoint import adapter_keys
 from lightning_peft.core.registry import registries
@@ -62,14 +63,21 @@ def check_optimizers(trainer: L.Trainer, module: nn.Module) -> None:
 
 
 class GradientWatch:
-    """Notes which parameters of the adapters have had a gradient, whoever has called ``backward``."""
+    """Notes which parameters of the adapters have had a gradient, whoever has called ``backward``.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: the module with the adapters.
+        optimizers: those that hold their parameters.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self.missing = dict(_trained(module))
+        self._stepped: set[int] = set()
         self._handles: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._seen, name))
             for name, parameter in self.missing.items()
         ]
+        self._handles += [optimizer.register_step_pre_hook(self._steps) for optimizer in optimizers]
 
     def check(self) -> None:
         """Stop watching, and raise if a parameter has had no gradient.
@@ -78,17 +86,21 @@ class GradientWatch:
             GradientError: one has not.
         """
         self.stop()
-        if self.missing:
-            adapters = sorted(
-                {name.partition(".peft.")[2].partition(".")[0].partition(":")[0] for name in self.missing}
-            )
-            hosts = list(dict.fromkeys(name.partition(".peft.")[0].lstrip(".") for name in self.missing))
-            raise GradientError(
-                f"The adapter {', '.join(map(repr, adapters))} got no gradient at {len(hosts)} of its layers, first "
-                f"'{hosts[0]}': the loss does not depend on that layer's output. Leave it out "
-                f"(exclude_modules=[{hosts[0]!r}]), or see whether the module runs it, detaches "
-                "it, or runs it under no_grad."
-            )
+        _raise_if_any(self.missing)
+
+    def check_stepped(self) -> bool:
+        """The same for the parameters of the optimizers that have made a step; those of others have their time to come.
+
+        Returns:
+            Whether nothing is left to watch.
+
+        Raises:
+            GradientError: a parameter was stepped and has had no gradient.
+        """
+        _raise_if_any([name for name, parameter in self.missing.items() if id(parameter) in self._stepped])
+        if not self.missing:
+            self.stop()
+        return not self.missing
 
     def stop(self) -> None:
         """Stop watching."""
@@ -98,6 +110,22 @@ class GradientWatch:
 
     def _seen(self, name: str, parameter: nn.Parameter) -> None:
         self.missing.pop(name, None)
+
+    def _steps(self, optimizer: Optimizer, *args: Any) -> None:
+        self._stepped.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _raise_if_any(missing: Collection[str]) -> None:
+    if not missing:
+        return
+    adapters = sorted({name.partition(".peft.")[2].partition(".")[0].partition(":")[0] for name in missing})
+    hosts = list(dict.fromkeys(name.partition(".peft.")[0].lstrip(".") for name in missing))
+    raise GradientError(
+        f"The adapter {', '.join(map(repr, adapters))} got no gradient at {len(hosts)} of its layers, first "
+        f"'{hosts[0]}': the loss does not depend on that layer's output. Leave it out "
+        f"(exclude_modules=[{hosts[0]!r}]), or see whether the module runs it, detaches "
+        "it, or runs it under no_grad."
+    )
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
