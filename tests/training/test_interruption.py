@@ -1,0 +1,87 @@
+"""Runs that are killed (SIGKILL, no chance to clean up) and resumed from what lies on the disk."""
+
+import multiprocessing
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import interrupted_runs
+import pytest
+import torch
+
+from lightning_peft import load_from_checkpoint
+from lightning_peft.core.checksum import checksum
+from lightning_peft.training.files import read_checkpoint
+
+RUNS, TIMEOUT = 30, 60
+STEPS = interrupted_runs.EPOCHS * interrupted_runs.BATCHES
+
+Start = Callable[..., BaseProcess]
+
+
+@pytest.fixture(scope="module")
+def start() -> Iterator[Start]:
+    """Start a run in a process forked from one that has torch and Lightning imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning", "lightning_peft"])  # it finds none of the tests' modules
+    processes: list[BaseProcess] = []
+
+    def start(*args: object, **kwargs: object) -> BaseProcess:
+        processes.append(context.Process(target=interrupted_runs.train, args=args, kwargs=kwargs))
+        processes[-1].start()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
+
+
+def finished(process: BaseProcess, result: Path) -> str:
+    """Wait for a run, and return the checksum of its final weights and optimizer states."""
+    process.join(TIMEOUT)
+    assert process.exitcode == 0
+    final = torch.load(result, weights_only=True)
+    assert final["step"] == STEPS
+    return checksum(final)
+
+
+def kill_at(process: BaseProcess, step: int, folder: Path, delay: float) -> None:
+    """Kill a run ``delay`` seconds after the checkpoint of its step ``step`` has come up, and a last one."""
+    until = time.monotonic() + TIMEOUT
+    steps, last = -1, folder / "last.ckpt"
+    while steps < step or not last.exists():
+        steps = max((int(path.stem.removeprefix("step=")) for path in folder.glob("step=*.ckpt")), default=-1)
+        assert process.is_alive()
+        assert time.monotonic() < until
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save_top_k", [1, -1])
+def test_a_killed_run_leaves_a_whole_last_checkpoint_and_resumes_bit_equal(save_top_k, start, tmp_path):
+    result = tmp_path / "final.pt"
+    straight = finished(start(tmp_path / "straight", save_top_k, result), result)
+    chance, halves = random.Random(save_top_k), 0
+    for number in range(RUNS // 2):
+        folder = tmp_path / str(number)
+        process = start(folder, save_top_k, result)
+        kill_at(process, chance.randint(1, STEPS - 10), folder, delay=chance.uniform(0, 0.03))
+        halves += any(folder.glob(".*"))
+        for path in folder.glob("*.ckpt"):
+            assert read_checkpoint(path)["global_step"] <= STEPS
+        load_from_checkpoint(interrupted_runs.Scheduled, folder / "last.ckpt")
+        shutil.copy(folder / "last.ckpt", tmp_path / "copy.ckpt")
+        for ckpt_path in ("last", tmp_path / "copy.ckpt"):
+            result.unlink()
+            process = start(folder, save_top_k, result, ckpt_path=ckpt_path)
+            assert finished(process, result) == straight, (number, ckpt_path)
+            assert not any(folder.glob(".*"))  # what was half written was written over
+    assert halves  # some runs were killed in the middle of writing
