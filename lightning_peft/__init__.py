@@ -8,6 +8,7 @@ from lightning_peft.core.inspection import AdapterSummary, inspect_adapter
 from lightning_peft.core.merging import merge, merged
 from lightning_peft.core.method import Method
 from lightning_peft.core.report import Report, report
+from lightning_peft.core.routing import route
 from lightning_peft.core.transfer import load_adapter, save_adapter
 from lightning_peft.errors import PEFTError
 from lightning_peft.methods import *  # noqa: F403
@@ -36,6 +37,7 @@ __all__ = [
     "methods",
     "remove",
     "report",
+    "route",
     "save_adapter",
     *methods.__all__,
 ]

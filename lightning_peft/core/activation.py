@@ -55,4 +55,6 @@ def _choose(model: nn.Module, names: tuple[str, ...]) -> list[tuple[Registry, tu
     for name in names:
         find_adapter(model, name)
     names = tuple(dict.fromkeys(names))
+    for _, _, registry in registries(model):
+        registry.check_settled()
     return [(registry, tuple(n for n in names if n in registry.attachments)) for _, _, registry in registries(model)]

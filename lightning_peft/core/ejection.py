@@ -17,10 +17,10 @@ def eject(model: nn.Module, name: str = "default") -> None:
         AdapterNameError: there is no such adapter.
     """
     _, owner, registry = find_adapter(model, name)
+    registry.check_settled()
     gone = [adapter for _, adapter in registry.adapters(name) if adapter.eject()]
     for slots in registry.slots.values():
-        for slot in [slot for slot, adapter in slots.named_children() if any(adapter is other for other in gone)]:
-            del slots._modules[slot]
+        slots.drop(lambda _, adapter: any(adapter is other for other in gone))
     attachment = registry.attachments[name]
     attachment.method = attachment.method.ejected()
     attachment.keys = keys_of(owner, {id(adapter) for _, adapter in registry.adapters(name)})

@@ -61,6 +61,7 @@ def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
     if not isinstance(method, Method):
         raise ConfigError(f"inject needs a method such as LoRA(r=8), not {method!r}.")
     registry = registry_of(model) or Registry()
+    registry.check_settled()
     _check_level(model, registry)
     _check_name(name, registry)
     saved = resolve_saved(model, method.modules_to_save)
@@ -102,6 +103,7 @@ def remove(model: nn.Module, name: str = "default") -> None:
         AdapterNameError: there is no such adapter.
     """
     _, owner, registry = find_adapter(model, name)
+    registry.check_settled()
     for path, slots in list(registry.slots.items()):
         slots.discard(name, owner.get_submodule(path))
         if not slots._modules:

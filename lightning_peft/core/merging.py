@@ -56,6 +56,7 @@ def merged(model: nn.Module, name: str = "default") -> Iterator[None]:
 def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
     """Every base tensor that changes, with its new value. Nothing is written."""
     prefix, owner, registry = find_adapter(model, name)
+    registry.check_settled()
     places = _places(model)
     folded: dict[int, tuple[Tensor, Tensor]] = {}
     written: dict[int, dict[str, tuple[str, bool]]] = {}  # of each tensor: where it changes; by which host; all alike?

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import Method
-from lightning_peft.core.slots import AdapterSlots, adapter_name, part_name
+from lightning_peft.core.slots import AdapterSlots, adapter_name, modules_outside, part_name
 from lightning_peft.errors import AdapterNameError, did_you_mean
 
 _ATTRIBUTE = "_peft_registry"
@@ -39,6 +39,8 @@ class Registry:
     """Names of the base parameters that trained before they were frozen."""
     handles: list[Any] = field(default_factory=list)
     """Hooks on the base that go with the last adapter."""
+    routed: bool = False
+    """Whether each row of a batch has an adapter of its own now (:func:`~lightning_peft.route`)."""
 
     def adapters(self, name: str) -> Iterator[tuple[str, Adapter]]:
         """Yield (path of the host, adapter) for every slot of adapter ``name``."""
@@ -57,6 +59,17 @@ class Registry:
         for slots in self.slots.values():
             slots.activate(names)
         self.active = names
+
+    def check_settled(self) -> None:
+        """Raise while a route is active: which adapters there are, and which of them act, must stay as they are.
+
+        Raises:
+            AdapterNameError: a route is active.
+        """
+        if self.routed:
+            raise AdapterNameError(
+                "The rows of the batch have adapters of their own: leave the route(...) block first."
+            )
 
     def own_keys(self) -> frozenset[str]:
         """The state-dict keys of all adapters."""
@@ -78,7 +91,7 @@ def set_registry(model: nn.Module, registry: Registry | None) -> None:
 
 def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:
     """Yield (path, module, registry) for every module at or below ``model`` that was injected on."""
-    for path, module in model.named_modules():
+    for path, module in modules_outside(model):
         if (registry := registry_of(module)) is not None:
             yield path, module, registry
 

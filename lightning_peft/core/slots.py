@@ -4,7 +4,7 @@ The adapter ``name`` of a host is its child ``<host>.peft.<slot>``. A slot is ca
 where one adapter needs several slots on one host, the others are ``default:<part>``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -16,6 +16,9 @@ from lightning_peft.core.tensors import first_input
 
 CHILD = "peft"  # the name under which a host carries its slots
 
+_Kinds = tuple[tuple[InputAdapter, ...], tuple[OutputAdapter, ...], tuple[WeightAdapter, ...]]
+_NONE: _Kinds = ((), (), ())
+
 
 class AdapterSlots(nn.Module):
     """All adapters of one host, and the hooks through which the active ones act, in the order of activation."""
@@ -24,8 +27,9 @@ class AdapterSlots(nn.Module):
         super().__init__()
         self._handles: dict[type[Adapter], list[Any]] = {}
         self.active: tuple[str, ...] = ()
+        self._own: dict[str, _Kinds] = {}  # the adapters of each name, by what they act on
         self._before: tuple[InputAdapter, ...] = ()
-        self._after: tuple[OutputAdapter, ...] = ()
+        self._after: tuple[Callable[[Any, Any], Any], ...] = ()
         self._weights: tuple[WeightAdapter, ...] = ()
         # While the host runs: what the weight adapters displaced, and what is in its place.
         self._displaced: dict[str, tuple[Any, Any]] = {}
@@ -34,6 +38,7 @@ class AdapterSlots(nn.Module):
         """Put ``adapter`` at ``slot``. It stays inactive until :meth:`activate`."""
         adapter.trains = frozenset(name for name, p in adapter.named_parameters() if p.requires_grad)
         self.add_module(slot, adapter)
+        self._note(adapter_name(slot))
         # Bound methods, not closures: after a deepcopy of the host they call the copy's adapters.
         if isinstance(adapter, InputAdapter) and InputAdapter not in self._handles:
             self._handles[InputAdapter] = [host.register_forward_pre_hook(self.before, with_kwargs=True)]
@@ -51,22 +56,48 @@ class AdapterSlots(nn.Module):
         """Drop every slot of adapter ``name``, and the hooks when nothing is left."""
         self.restore(host)
         self.activate(tuple(other for other in self.active if other != name))
-        for slot in [slot for slot in self._modules if adapter_name(slot) == name]:
-            del self._modules[slot]
+        self.drop(lambda slot, _: adapter_name(slot) == name)
         if not self._modules:
             for handle in chain.from_iterable(self._handles.values()):
                 handle.remove()
             self._handles.clear()
 
+    def drop(self, goes: Callable[[str, nn.Module], bool]) -> None:
+        """Drop the adapters for which ``goes(slot, adapter)`` is true; the hooks stay."""
+        for slot in [slot for slot, adapter in self.named_children() if goes(slot, adapter)]:
+            del self._modules[slot]
+            self._note(adapter_name(slot))
+
     def activate(self, names: tuple[str, ...]) -> None:
         """Let exactly the adapters ``names`` act, in that order."""
-        self.active = names
-        chosen = [a for name in names for slot, a in self._modules.items() if adapter_name(slot) == name]
-        before = [a for a in chosen if isinstance(a, InputAdapter)]
-        after = [a for a in chosen if isinstance(a, OutputAdapter)]
-        self._before = tuple(sorted(before, key=lambda adapter: adapter.depth))
-        self._after = tuple(sorted(after, key=lambda adapter: -adapter.depth))
-        self._weights = tuple(a for a in chosen if isinstance(a, WeightAdapter))
+        before, after, weights = self.of(*names)
+        # Not by assignment, which nn.Module makes slow: switching goes through all layers of a model.
+        vars(self).update(active=names, _before=before, _after=after, _weights=weights)
+
+    def act_by_row(self, names: tuple[str, ...], *after: Callable[[Any, Any], Any]) -> None:
+        """Let only ``after`` act, called with input and output, in place of the adapters ``names``."""
+        vars(self).update(active=names, _before=(), _after=after, _weights=())
+
+    def of(self, *names: str) -> "_Kinds":
+        """The adapters ``names``: those that act on the input, on the output, and on weights, in their order."""
+        if len(names) == 1:
+            return self._own.get(names[0], _NONE)
+        before, after, weights = (tuple(chain(*kind)) for kind in zip(_NONE, *map(self.of, names), strict=True))
+        return tuple(sorted(before, key=_before)), tuple(sorted(after, key=_behind)), weights
+
+    def adapters(self, name: str) -> Iterator[Adapter]:
+        """Every adapter ``name``, those too that act on nothing by themselves."""
+        for slot, adapter in self._modules.items():
+            if adapter_name(slot) == name and isinstance(adapter, Adapter):
+                yield adapter
+
+    def _note(self, name: str) -> None:
+        own = list(self.adapters(name))
+        before = sorted((a for a in own if isinstance(a, InputAdapter)), key=_before)
+        after = sorted((a for a in own if isinstance(a, OutputAdapter)), key=_behind)
+        self._own[name] = tuple(before), tuple(after), tuple(a for a in own if isinstance(a, WeightAdapter))
+        if not own:
+            del self._own[name]
 
     def replaces(self, name: str) -> bool:
         """Whether an acting adapter puts a tensor in place of the host's ``name``."""
@@ -85,6 +116,16 @@ class AdapterSlots(nn.Module):
         if self._displaced and isinstance(host, nn.RNNBase):
             _refresh_flat_weights(host)
         self._displaced.clear()
+
+    def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``forward`` of the host with the hooks below around it, as torch does when the host is called."""
+        self.swap_in(host, args)
+        try:
+            args, kwargs = self.before(host, args, kwargs)
+            output = forward(*args, **kwargs)
+        finally:
+            self.swap_out(host, args, None)
+        return self.after(host, args, kwargs, output)
 
     # The hooks -------------------------------------------------------------------------------------------------------
 
@@ -132,6 +173,14 @@ def slot_name(name: str, part: str) -> str:
     return f"{name}:{part}" if part else name
 
 
+def _before(adapter: Adapter) -> int:
+    return adapter.depth
+
+
+def _behind(adapter: Adapter) -> int:
+    return -adapter.depth
+
+
 def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:
     """Yield ``(path, host, slots)`` for every host below ``model`` (itself included) that carries adapters."""
     for path, module in model.named_modules():
@@ -145,12 +194,23 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     ``model.get_submodule`` knows these names, too: a wrapper passes on what it is asked for.
     """
-    inside: set[int] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, AdapterSlots):
-            inside.update(map(id, module.modules()))
-        if id(module) not in inside and not is_wrapper(module):
+    for path, module in modules_outside(model):
+        if not is_wrapper(module):
             yield plain_name(path), module
+
+
+def modules_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the adapters, and many times faster: switching adapters waits for it."""
+    seen: set[int] = set()
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) in seen or isinstance(module, AdapterSlots):
+            continue
+        seen.add(id(module))
+        yield path, module
+        below = [(f"{path}.{name}" if path else name, m) for name, m in module._modules.items() if m is not None]
+        pending += reversed(below)
 
 
 def _table(host: nn.Module, path: str) -> tuple[dict[str, Any], str]:

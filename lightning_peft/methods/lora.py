@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, OutputAdapter, WeightAdapter, adapter_dtype
+from lightning_peft.core.adapter import Adapter, BatchedForm, OutputAdapter, WeightAdapter, adapter_dtype
 from lightning_peft.core.gate import Gate
-from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, TransposedLayout
+from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, Layout, TransposedLayout
 from lightning_peft.core.method import LayerMethod, Placement, is_number
 from lightning_peft.core.peft_form import CONFIG, PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, exceptions
+from lightning_peft.core.rows import Places
 from lightning_peft.core.targets import matches_end, pattern_value
 from lightning_peft.errors import CheckpointError, ConfigError, NotApplicableError, TargetError
+
+_LONG = 16  # places of a row from which on its own factors are faster than a mask on those of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +190,12 @@ class LoRAOutput(OutputAdapter):
         h = self.layout.down(x, self.lora_A.to(y.dtype))  # (..., r)
         return y + self.layout.up(h * scale, self.lora_B.to(y.dtype))
 
+    @classmethod
+    def batched(cls, adapters: Sequence["LoRAOutput"]) -> BatchedForm | None:
+        alike = all(a.gate is None and a.dropout == adapters[0].dropout for a in adapters)
+        linear = all(type(a.layout) in (Layout, TransposedLayout) for a in adapters)
+        return _ByRow(adapters) if alike and linear else None
+
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.gate is not None:
             return super().merge(parameters)
@@ -219,6 +228,59 @@ class LoRAWeight(WeightAdapter):
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         return weight + _delta(self, weight)
+
+
+class _ByRow:
+    """Adds to each row what its adapter makes of it.
+
+    Factors are gathered for each row, (rows, r, in), where a row is long enough to make up for it. Else all adapters
+    see all rows, and a mask on the ranks, (rows, sum of r), leaves each row its own.
+    """
+
+    def __init__(self, adapters: Sequence[LoRAOutput]) -> None:
+        self.adapters = adapters
+        self.ranks = [adapter.lora_A.shape[0] for adapter in adapters]
+        self.scales = [adapter.scale for adapter in adapters]
+
+    def __call__(self, x: Tensor, y: Tensor, places: Places) -> Tensor:
+        first = self.adapters[0]
+        if first.dropout:
+            x = F.dropout(x, first.dropout, first.training)
+        return (self._gathered if x.dim() > 2 and x.shape[1:-1].numel() >= _LONG else self._masked)(x, y, places)
+
+    def _gathered(self, x: Tensor, y: Tensor, places: Places) -> Tensor:
+        rows, scales, most = places.index, self.scales, max(self.ranks)
+        # Behind the last adapter stands one of zeros, for the rows that get none.
+        a: list[Tensor] = [own.lora_A for own in self.adapters]
+        b: list[Tensor] = [own.lora_B for own in self.adapters]
+        if min(self.ranks) < most:
+            a = [F.pad(factor, (0, 0, 0, most - factor.shape[0])) for factor in a]
+            b = [F.pad(factor, (0, most - factor.shape[1])) for factor in b]
+        a_rows = torch.stack([*a, torch.zeros_like(a[0])]).to(y.dtype).index_select(0, rows)  # (rows, r, in)
+        b_rows = torch.stack([*b, torch.zeros_like(b[0])]).to(y.dtype).index_select(0, rows)  # (rows, out, r)
+        scale = places.once(
+            (*scales, y.dtype), lambda: y.new_tensor([*scales, 0.0]).index_select(0, rows)[:, None, None]
+        )
+        h = torch.bmm(x.flatten(1, -2), a_rows.mT) * scale
+        flat = y.flatten(1, -2)
+        # In place where nothing is recorded: y is the layer's own, fresh.
+        add = flat.baddbmm if torch.is_grad_enabled() else flat.baddbmm_
+        return add(h.to(y.dtype), b_rows.mT).view_as(y)
+
+    def _masked(self, x: Tensor, y: Tensor, places: Places) -> Tensor:
+        ranks, scales, rows = self.ranks, self.scales, places.index
+
+        def mask() -> Tensor:
+            owner = torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=rows.device)
+            scale = torch.tensor([s for s, r in zip(scales, ranks, strict=True) for _ in range(r)], device=rows.device)
+            return ((rows[:, None] == owner) * scale).to(y.dtype)  # (rows, sum of r)
+
+        own_ranks = places.once((*ranks, *scales, y.dtype), mask).view(len(rows), *[1] * (x.dim() - 2), -1)
+        h = F.linear(x, torch.cat([own.lora_A for own in self.adapters]).to(y.dtype)) * own_ranks
+        b = torch.cat([own.lora_B for own in self.adapters], 1).to(y.dtype)
+        flat = y.flatten(0, -2)
+        add = flat.addmm if torch.is_grad_enabled() else flat.addmm_
+        return add(h.to(y.dtype).flatten(0, -2), b.T).view_as(y)
 
 
 # What from_peft reads, and what only says how the factors started (those that change the base when they start do not).
