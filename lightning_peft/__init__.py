@@ -2,6 +2,7 @@
 
 from lightning_peft import methods
 from lightning_peft.core.activation import activate, active, active_adapters, disabled
+from lightning_peft.core.combining import combine
 from lightning_peft.core.ejection import eject
 from lightning_peft.core.injection import inject, remove
 from lightning_peft.core.inspection import AdapterSummary, inspect_adapter
@@ -26,6 +27,7 @@ __all__ = [
     "activate",
     "active",
     "active_adapters",
+    "combine",
     "disabled",
     "eject",
     "inject",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.core.rows import Places
-from lightning_peft.errors import NotMergeableError
+from lightning_peft.errors import NotApplicableError, NotMergeableError
 
 
 class Adapter(nn.Module):
@@ -43,6 +44,26 @@ class Adapter(nn.Module):
             NotMergeableError: what this adapter computes is not a change of the host's parameters.
         """
         raise NotMergeableError("what it computes is no change of its host's weights. Keep it as an adapter.")
+
+    def combine(self, sources: Sequence[Any], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
+        """Take the values that ``recipe`` makes out of those of ``sources``; this is a copy of the first of them.
+
+        Args:
+            sources: adapters of this class on this host, with one weight each in the recipe.
+            recipe: how to combine.
+            parameters: the host's own parameters by name.
+
+        Raises:
+            NotApplicableError: what several of them compute does not add up.
+        """
+        raise NotApplicableError(
+            "its parameters do not add up, being a network or tokens of their own. Let several act side by side "
+            "(activate), or route rows of a batch to them (route)."
+        )
+
+    def low_rank(self) -> LowRank | None:
+        """What it adds to its host's weight, where that is a product of two factors; None elsewhere."""
+        return None
 
     def eject(self) -> bool:
         """Drop what only training needs, so that the same is computed with fewer parameters.

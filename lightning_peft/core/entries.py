@@ -1,9 +1,14 @@
 """Some entries of one parameter that train: a slice of a fused bias, scattered entries of a matrix, rows of a table."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.recipes import Recipe
+from lightning_peft.errors import NotApplicableError
 
 
 class TunedEntries(WeightAdapter):
@@ -27,6 +32,9 @@ class TunedEntries(WeightAdapter):
     def forward(self, weight: Tensor, name: str) -> Tensor:
         return with_entries(weight, self.index, self.values)
 
+    def combine(self, sources: Sequence["TunedEntries"], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
+        combine_entries(self, sources, recipe, parameters[self.names[0]])
+
 
 def with_entries(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """``weight`` with ``values`` in place of its entries ``index`` (see :class:`TunedEntries`)."""
@@ -37,3 +45,15 @@ def with_entries(weight: Tensor, index: Tensor, values: Tensor) -> Tensor:
 def entries(weight: Tensor, index: Tensor, *shape: int) -> Tensor:
     """The entries ``index`` of ``weight``, each of ``shape``."""
     return torch.index_select(weight.detach().reshape(-1, *shape), 0, index)
+
+
+def combine_entries(adapter: Any, sources: Sequence[Any], recipe: Recipe, weight: Tensor) -> None:
+    """Give the ``values`` of ``adapter`` what ``recipe`` makes of those of ``sources``, as changes of ``weight``.
+
+    Raises:
+        NotApplicableError: they are of different entries.
+    """
+    if any(not torch.equal(source.index, adapter.index) for source in sources):
+        raise NotApplicableError("the adapters tune different entries of it.")
+    base = entries(weight, adapter.index, *adapter.values.shape[1:]).to(adapter.values.dtype)
+    adapter.values.copy_(base + recipe.mix([source.values - base for source in sources]))

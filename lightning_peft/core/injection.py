@@ -63,7 +63,7 @@ def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
     registry = registry_of(model) or Registry()
     registry.check_settled()
     _check_level(model, registry)
-    _check_name(name, registry)
+    check_name(name, registry)
     saved = resolve_saved(model, method.modules_to_save)
     plan = method.plan(model, saved)
     placements = [*plan.placements, *plan_saved(model, saved)]
@@ -71,8 +71,8 @@ def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
     return Injection(name, method, tuple(saved), tuple(placements), tuple(plan.left_out))
 
 
-def attach(model: nn.Module, injection: Injection) -> Report:
-    """Do what was planned. Nothing here fails."""
+def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
+    """Do what was planned, and let the adapter act beside those that do already, if it ``acts``. Nothing here fails."""
     registry, name = registry_of(model) or Registry(), injection.name
     if not registry.attachments:
         freeze(model, registry)
@@ -92,7 +92,8 @@ def attach(model: nn.Module, injection: Injection) -> Report:
         saved=injection.saved,
         left_out=injection.left_out,
     )
-    registry.activate((*registry.active, name))
+    if acts:
+        registry.activate((*registry.active, name))
     return report(model)
 
 
@@ -130,7 +131,12 @@ def keys_of(model: nn.Module, adapters: set[int]) -> frozenset[str]:
     )
 
 
-def _check_name(name: str, registry: Registry) -> None:
+def check_name(name: str, registry: Registry) -> None:
+    """Raise unless a new adapter can be called ``name``.
+
+    Raises:
+        AdapterNameError: it cannot.
+    """
     if name in registry.attachments:
         raise AdapterNameError(
             f"There is an adapter {name!r} already ({registry.attachments[name].method}). "

@@ -63,7 +63,7 @@ def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
     for path, adapters in _by_host(registry, name).items():
         host = owner.get_submodule(path)
         registry.slots[path].restore(host)
-        before = {key: tensor for key, tensor in _tensors(host)}
+        before = {key: tensor for key, tensor in base_tensors(host)}
         values = _Widened(before)
         changed: dict[str, Tensor] = {}
         try:
@@ -156,7 +156,7 @@ def _by_host(registry: Registry, name: str) -> dict[str, list[Adapter]]:
     return hosts
 
 
-def _tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def base_tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer of the base at and below ``host``; a module reached twice counts once."""
     for prefix, module in base_modules(host):
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -166,7 +166,7 @@ def _tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _places(model: nn.Module) -> dict[int, list[str]]:
     """Every name under which each base tensor is held."""
     places: dict[int, list[str]] = {}
-    for name, tensor in _tensors(model):
+    for name, tensor in base_tensors(model):
         places.setdefault(id(tensor), []).append(name)
     return places
 

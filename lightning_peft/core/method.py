@@ -73,6 +73,10 @@ class Method(ABC):
         """The method that describes its adapters after :func:`~lightning_peft.eject`."""
         return self
 
+    def combined(self, adapters: Mapping[str, Adapter]) -> "Method":
+        """The method that describes combined ``adapters``, by their hosts' names; this is the first one's."""
+        return self
+
     def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
         """Say how peft has this adapter.
 

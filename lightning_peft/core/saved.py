@@ -4,7 +4,7 @@ Their trainable copies are adapters too, so the base keeps its own values, and d
 as they do everywhere else.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -13,6 +13,7 @@ from lightning_peft.core.adapter import WeightAdapter, adapter_dtype
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import read_parameters
 from lightning_peft.core.method import Placement
+from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.slots import base_modules
 from lightning_peft.core.targets import match_modules
 from lightning_peft.errors import NotApplicableError
@@ -51,6 +52,17 @@ class TunedParameters(WeightAdapter):
     def copies(self) -> dict[str, Tensor]:
         """The copies by the names that the base's own have."""
         return {path: getattr(self, own) for path, own in self._places.items()}
+
+    def combine(self, sources: Sequence["TunedParameters"], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
+        for path, own in self._places.items():
+            if own in self._buffers:
+                raise NotApplicableError(
+                    f"it has statistics of its own ('{path}'), which do not add up. Leave that layer out of "
+                    "modules_to_save."
+                )
+            values = [source.get_parameter(own) for source in sources]
+            base = parameters[path].to(values[0].dtype)
+            self.get_parameter(own).copy_(base + recipe.mix([value - base for value in values]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TunedParameters":
         buffers = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

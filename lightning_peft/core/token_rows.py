@@ -1,16 +1,18 @@
 """Some rows of a table of tokens that train, without a copy of the whole table in every forward pass."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, OutputAdapter
-from lightning_peft.core.entries import TunedEntries, entries, with_entries
+from lightning_peft.core.entries import TunedEntries, combine_entries, entries, with_entries
 from lightning_peft.core.heads import input_embeddings
 from lightning_peft.core.method import Placement
 from lightning_peft.core.parameters import BaseParameter, find_parameters
+from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.saved import trainable_copy
 from lightning_peft.errors import NotApplicableError, TargetError
 
@@ -83,6 +85,9 @@ class TokenRows(OutputAdapter):
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"weight": with_entries(parameters["weight"], self.index, self.values)}
 
+    def combine(self, sources: Sequence[Any], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
+        combine_entries(self, sources, recipe, parameters["weight"])
+
 
 class TokenLogits(OutputAdapter):
     """Puts the scores of trained rows in place of those that a linear layer tied to the table has computed."""
@@ -101,3 +106,6 @@ class TokenLogits(OutputAdapter):
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"weight": with_entries(parameters["weight"], self.index, self.values)}
+
+    def combine(self, sources: Sequence[Any], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
+        combine_entries(self, sources, recipe, parameters["weight"])

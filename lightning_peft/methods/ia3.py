@@ -22,6 +22,7 @@ from lightning_peft.core.blocks import find_blocks
 from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, Layout, TransposedLayout, find_hosts
 from lightning_peft.core.method import Placement, Plan, TargetedMethod
 from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, listed
+from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.roles import find_roles
 from lightning_peft.core.targets import each_pattern, match_names, narrow, select_hosts
 from lightning_peft.core.tensors import first_input, with_first_input
@@ -164,7 +165,16 @@ def _named(model: nn.Module, patterns: list[str] | str | None) -> set[str]:
         raise TargetError(f"feedforward_modules: {str(error).removeprefix('target_modules: ')}") from error
 
 
-class IA3Output(OutputAdapter):
+class _Scaling(Adapter):
+    """What the three have in common: factors that change nothing where they are one."""
+
+    ia3_l: nn.Parameter
+
+    def combine(self, sources: Sequence["_Scaling"], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
+        self.ia3_l.copy_(1 + recipe.mix([source.ia3_l - 1 for source in sources]))
+
+
+class IA3Output(_Scaling, OutputAdapter):
     """Rescales the features of the host's output from ``start`` on."""
 
     def __init__(self, host: Host, start: int) -> None:
@@ -192,7 +202,7 @@ class IA3Output(OutputAdapter):
         return PeftTensor((ones[:, None], self.ia3_l.detach()[:, None]))
 
 
-class IA3Weight(WeightAdapter):
+class IA3Weight(_Scaling, WeightAdapter):
     """Rescales rows of a weight, and entries of its bias, that the host reads itself."""
 
     def __init__(self, host: Host, start: int) -> None:
@@ -209,7 +219,7 @@ class IA3Weight(WeightAdapter):
         return weight * F.pad(scale, (self.bias_start, rest), value=1.0)
 
 
-class IA3Input(InputAdapter):
+class IA3Input(_Scaling, InputAdapter):
     """Rescales the features of the host's input."""
 
     def __init__(self, host: Host) -> None:

@@ -8,7 +8,7 @@ with :math:`\alpha / \sqrt r` for rsLoRA. B starts at zero, so training starts f
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -20,6 +20,7 @@ from lightning_peft.core.gate import Gate
 from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, Layout, TransposedLayout
 from lightning_peft.core.method import LayerMethod, Placement, is_number
 from lightning_peft.core.peft_form import CONFIG, PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, exceptions
+from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.core.rows import Places
 from lightning_peft.core.targets import matches_end, pattern_value
 from lightning_peft.errors import CheckpointError, ConfigError, NotApplicableError, TargetError
@@ -83,6 +84,14 @@ class LoRA(LayerMethod):
                         f"'{hosts[0].name}'."
                     )
         return hosts
+
+    def combined(self, adapters: Mapping[str, Adapter]) -> "LoRA":
+        ranks = {name: len(factors.a) for name, adapter in adapters.items() if (factors := adapter.low_rank())}
+        r = max(ranks.values())
+        others = {f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != r}
+        # Alpha is r, so that the scale is one: the weights and scales of the adapters went into the factors.
+        alphas = {name: float(rank) for name, rank in others.items()}
+        return replace(self, r=r, alpha=float(r), use_rslora=False, rank_pattern=others, alpha_pattern=alphas)
 
     def build(self, host: Host) -> Adapter:
         r = pattern_value(self.rank_pattern, host.name, self.r)
@@ -171,15 +180,33 @@ class LoRA(LayerMethod):
         return method, file.tensors
 
 
-class LoRAOutput(OutputAdapter):
+class _Factors(Adapter):
+    """The two factors, wherever they act."""
+
+    def __init__(self, host: Host, r: int, scale: float) -> None:
+        super().__init__()
+        self.gate: Gate | None = None
+        self.layout, self.scale = host.layout, scale
+        self.lora_A, self.lora_B = _factors(host, r)  # (r, in), (out, r)
+
+    def low_rank(self) -> LowRank:
+        return LowRank(self.lora_A, self.lora_B, self.scale)
+
+    def combine(self, sources: Sequence["_Factors"], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
+        if any(source.gate is not None for source in sources):
+            raise NotApplicableError("a gate scales it, which differs from input to input (gating).")
+        made = recipe.mix_low_rank([source.low_rank() for source in sources])
+        self.lora_A, self.lora_B, self.scale = nn.Parameter(made.a), nn.Parameter(made.b), made.scale
+
+
+class LoRAOutput(_Factors, OutputAdapter):
     """Adds ``s * B A x`` to the host's output, times a gate if there is one."""
 
     additive = True
 
     def __init__(self, host: Host, r: int, scale: float, dropout: float, gating: bool) -> None:
-        super().__init__()
-        self.layout, self.scale, self.dropout = host.layout, scale, dropout
-        self.lora_A, self.lora_B = _factors(host, r)  # (r, in), (out, r)
+        super().__init__(host, r, scale)
+        self.dropout = dropout
         self.gate = Gate(host.layout.in_features, self.lora_A) if gating else None
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -215,16 +242,14 @@ class LoRAOutput(OutputAdapter):
         return {} if self.gate else {"lora_A.weight": a, "lora_B.weight": b}
 
 
-class LoRAWeight(WeightAdapter):
+class LoRAWeight(_Factors, WeightAdapter):
     """Adds ``s * B A`` to a weight that its host reads itself."""
 
     additive = True
 
     def __init__(self, host: Host, r: int, scale: float) -> None:
-        super().__init__()
+        super().__init__(host, r, scale)
         self.names = (host.parameter,)
-        self.layout, self.scale = host.layout, scale
-        self.lora_A, self.lora_B = _factors(host, r)  # (r, in), (out, r)
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         return weight + _delta(self, weight)
