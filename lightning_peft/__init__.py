@@ -6,6 +6,7 @@ from lightning_peft.core.combining import combine
 from lightning_peft.core.ejection import eject
 from lightning_peft.core.injection import inject, remove
 from lightning_peft.core.inspection import AdapterSummary, inspect_adapter
+from lightning_peft.core.inventory import AdapterInfo, adapters, rename
 from lightning_peft.core.merging import merge, merged
 from lightning_peft.core.method import Method
 from lightning_peft.core.report import Report, report
@@ -19,6 +20,7 @@ from lightning_peft.training.module import PEFTModule, load_from_checkpoint
 __version__ = "0.1.0"
 __all__ = [
     "AdapterSummary",
+    "AdapterInfo",
     "Method",
     "PEFTCallback",
     "PEFTError",
@@ -27,6 +29,7 @@ __all__ = [
     "activate",
     "active",
     "active_adapters",
+    "adapters",
     "combine",
     "disabled",
     "eject",
@@ -38,6 +41,7 @@ __all__ = [
     "merged",
     "methods",
     "remove",
+    "rename",
     "report",
     "route",
     "save_adapter",

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_peft.core.registry import Registry, find_adapter, registries
+from lightning_peft.core.registry import Registry, find_in, registries
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -16,9 +16,8 @@ def activate(model: nn.Module, *names: str) -> None:
     """
     for registry, chosen in _choose(model, names):
         registry.activate(chosen)
-        for name in registry.attachments:
-            for _, adapter in registry.adapters(name):
-                adapter.train_parameters(name in chosen)
+        for slots in registry.slots.values():
+            slots.train_parameters(chosen)
 
 
 @contextmanager
@@ -52,9 +51,10 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 
 
 def _choose(model: nn.Module, names: tuple[str, ...]) -> list[tuple[Registry, tuple[str, ...]]]:
+    found = registries(model)
     for name in names:
-        find_adapter(model, name)
-    names = tuple(dict.fromkeys(names))
-    for _, _, registry in registries(model):
+        find_in(found, model, name)
+    for _, _, registry in found:
         registry.check_settled()
-    return [(registry, tuple(n for n in names if n in registry.attachments)) for _, _, registry in registries(model)]
+    names = tuple(dict.fromkeys(names))
+    return [(registry, tuple(n for n in names if n in registry.attachments)) for _, _, registry in found]

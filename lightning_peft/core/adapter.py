@@ -27,8 +27,11 @@ class Adapter(nn.Module):
 
     def train_parameters(self, mode: bool = True) -> None:
         """Let the parameters of :attr:`trains` require a gradient, or not."""
-        for name, parameter in self.named_parameters():
-            if name in self.trains:
+        for name in self.trains:
+            parameter = self._parameters.get(name)
+            if parameter is None:
+                parameter = self.get_parameter(name)  # of a module inside
+            if parameter.requires_grad != mode:
                 parameter.requires_grad_(mode)
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

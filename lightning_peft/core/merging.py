@@ -2,22 +2,31 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
+from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.injection import remove
 from lightning_peft.core.registry import Registry, find_adapter
 from lightning_peft.core.slots import AdapterSlots, adapter_name, base_modules
 from lightning_peft.errors import NotMergeableError
 
 
-def merge(model: nn.Module, name: str = "default") -> None:
+def merge(model: nn.Module, name: str = "default", *, untie: bool = False) -> None:
     """Fold the adapter ``name`` into the base weights and take it out; the model computes the same without it.
 
     The new weights are computed in fp32 (fp64 for an fp64 base) and rounded once to the base's dtype. Nothing is
     written unless everything can be.
+
+    Args:
+        model: the network.
+        name: the adapter.
+        untie: whether a layer whose weight is tied to another one's gets a weight of its own. The config of a
+            transformers model then says so, so that it loads as it was saved.
 
     Raises:
         AdapterNameError: there is no such adapter.
@@ -25,41 +34,59 @@ def merge(model: nn.Module, name: str = "default") -> None:
             value is not finite.
     """
     _, owner, _ = find_adapter(model, name)
-    for tensor, value in _folded(model, name):
+    folded = _folded(model, name, untie)
+    for tensor, value in folded.values:
         _write(tensor, value)
+    _untie(model, folded)
     remove(owner, name)
 
 
 @contextmanager
-def merged(model: nn.Module, name: str = "default") -> Iterator[None]:
+def merged(model: nn.Module, name: str = "default", *, untie: bool = False) -> Iterator[None]:
     """Within the ``with`` block the adapter ``name`` is folded into the base weights; then they are restored exactly.
 
     Raises:
         NotMergeableError: as :func:`merge`.
     """
     _, _, registry = find_adapter(model, name)
-    folded = _folded(model, name)
-    originals = [(tensor, tensor.detach().clone()) for tensor, _ in folded]
+    folded = _folded(model, name, untie)
+    originals = [(tensor, tensor.detach().clone()) for tensor, _ in folded.values]
     active = registry.active
+    configs: list[Any] = []
     try:
-        for tensor, value in folded:
+        for tensor, value in folded.values:
             _write(tensor, value)
+        configs = _untie(model, folded)
         registry.activate(tuple(other for other in active if other != name))
         yield
     finally:
+        for place, (tensor, _) in folded.untied.items():
+            _place(model, place, tensor)
+        for config in configs:
+            config.tie_word_embeddings = True
         for tensor, value in originals:
             _write(tensor, value)
         registry.activate(active)
 
 
+@dataclass(frozen=True)
+class _Folded:
+    """What merging changes."""
+
+    values: list[tuple[Tensor, Tensor]]
+    """Every base tensor that changes, with its new value."""
+    untied: dict[str, tuple[Tensor, Tensor]]
+    """Every name that gets a tensor of its own: the one that it has now, and the new value."""
+
+
 @torch.no_grad()
-def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
-    """Every base tensor that changes, with its new value. Nothing is written."""
+def _folded(model: nn.Module, name: str, untie: bool) -> _Folded:
+    """What changes where. Nothing is written."""
     prefix, owner, registry = find_adapter(model, name)
     registry.check_settled()
     places = _places(model)
-    folded: dict[int, tuple[Tensor, Tensor]] = {}
-    written: dict[int, dict[str, tuple[str, bool]]] = {}  # of each tensor: where it changes; by which host; all alike?
+    tensors: dict[int, Tensor] = {}
+    written: dict[int, dict[str, tuple[str, Tensor]]] = {}  # of each tensor: where it changes; by which host; to what
     for path, adapters in _by_host(registry, name).items():
         host = owner.get_submodule(path)
         registry.slots[path].restore(host)
@@ -86,17 +113,50 @@ def _folded(model: nn.Module, name: str) -> list[tuple[Tensor, Tensor]]:
                     f"Merging {name!r} into '{where}' gives values that are not finite in {tensor.dtype}. "
                     "Check the adapter's weights, or merge into a copy of the base in a wider dtype."
                 )
-            _, first = folded.setdefault(id(tensor), (tensor, value))
-            written.setdefault(id(tensor), {})[where] = path, first is value or torch.equal(first, value)
+            tensors[id(tensor)] = tensor
+            written.setdefault(id(tensor), {})[where] = path, value
+    folded = _Folded([], {})
     for tied, changes in written.items():
+        where, (path, first) = next(iter(changes.items()))
         # A tie is no harm where it is one for the adapter as well.
-        if other := next((place for place in places[tied] if not changes.get(place, ("", False))[1]), None):
-            where, (path, _) = next(iter(changes.items()))
+        alike = [place for place, (_, value) in changes.items() if value is first or torch.equal(value, first)]
+        if not (others := [place for place in places[tied] if place not in alike]):
+            folded.values.append((tensors[tied], first))
+        elif untie:
+            folded.untied.update({place: (tensors[tied], value) for place, (_, value) in changes.items()})
+        else:
             raise NotMergeableError(
-                f"'{where}' is tied to '{other}': merging {name!r} would change both. Leave '{path}' out "
-                f"(exclude_modules), keep the adapter unmerged, or give that layer a copy of the parameter first."
+                f"'{where}' is tied to '{others[0]}': merging {name!r} would change both. Leave '{path}' out "
+                "(exclude_modules), keep the adapter unmerged, or give that layer a weight of its own (untie=True)."
             )
-    return list(folded.values())
+    return folded
+
+
+@torch.no_grad()
+def _untie(model: nn.Module, folded: _Folded) -> list[Any]:
+    """Give the layers of ``folded.untied`` tensors of their own; the configs that now say so."""
+    made: list[tuple[Tensor, Tensor, Tensor]] = []
+    for place, (tensor, value) in folded.untied.items():
+        # Those that the adapter changes alike stay tied to each other.
+        own = next((new for old, merged, new in made if old is tensor and torch.equal(merged, value)), None)
+        if own is None:
+            own = value.to(tensor.dtype, copy=True)
+            own = nn.Parameter(own, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else own
+            made.append((tensor, value, own))
+        _place(model, place, own)
+    configs = []
+    for _, pretrained in pretrained_models(model) if made else ():
+        words, output = pretrained.get_input_embeddings(), pretrained.get_output_embeddings()
+        tied = getattr(pretrained.config, "tie_word_embeddings", False) and output is not None
+        if tied and getattr(words, "weight", None) is not output.weight:
+            pretrained.config.tie_word_embeddings = False
+            configs.append(pretrained.config)
+    return configs
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, tensor)
 
 
 class _Widened(dict[str, Tensor]):

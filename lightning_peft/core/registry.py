@@ -89,11 +89,24 @@ def set_registry(model: nn.Module, registry: Registry | None) -> None:
         model.__dict__[_ATTRIBUTE] = registry
 
 
-def registries(model: nn.Module) -> Iterator[tuple[str, nn.Module, Registry]]:
-    """Yield (path, module, registry) for every module at or below ``model`` that was injected on."""
-    for path, module in modules_outside(model):
-        if (registry := registry_of(module)) is not None:
-            yield path, module, registry
+def registries(model: nn.Module) -> list[tuple[str, nn.Module, Registry]]:
+    """(path, module, registry) for every module at or below ``model`` that was injected on."""
+    owners: set[int] = set()
+    seen: set[int] = set()
+    pending = [model]
+    while pending:  # without paths, and with little else: switching adapters waits for this
+        module = pending.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            if _ATTRIBUTE in module.__dict__:
+                owners.add(id(module))
+            for child in module._modules.values():
+                if child is not None and type(child) is not AdapterSlots:
+                    pending.append(child)
+    if owners <= {id(model)}:
+        return [("", model, registry)] if (registry := registry_of(model)) is not None else []
+    placed = ((path, module, registry_of(module)) for path, module in modules_outside(model) if id(module) in owners)
+    return [(path, module, registry) for path, module, registry in placed if registry is not None]
 
 
 def find_adapter(model: nn.Module, name: str) -> tuple[str, nn.Module, Registry]:
@@ -102,7 +115,13 @@ def find_adapter(model: nn.Module, name: str) -> tuple[str, nn.Module, Registry]
     Raises:
         AdapterNameError: there is no such adapter, or one in each of several parts.
     """
-    found = list(registries(model))
+    return find_in(registries(model), model, name)
+
+
+def find_in(
+    found: list[tuple[str, nn.Module, Registry]], model: nn.Module, name: str
+) -> tuple[str, nn.Module, Registry]:
+    """As :func:`find_adapter`, in the registries of ``model`` that were ``found``."""
     holding = [entry for entry in found if name in entry[2].attachments]
     if len(holding) > 1:
         places = ", ".join(repr(path) for path, _, _ in holding)

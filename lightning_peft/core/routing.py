@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lightning_peft.core.adapter import BatchedForm, OutputAdapter
-from lightning_peft.core.registry import Registry, find_adapter, registries
+from lightning_peft.core.registry import Registry, find_in, registries
 from lightning_peft.core.rows import Assignment, Group, is_cache, joined, joined_cache, swapped, tensors
 from lightning_peft.core.slots import AdapterSlots, base_modules
 from lightning_peft.errors import ConfigError, NotApplicableError
@@ -43,10 +43,10 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     for name in names:
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"route needs names of adapters, or None for the base, not {name!r}.")
-    found = list(registries(model))
+    found = registries(model)
     for name in dict.fromkeys(names):
-        if name is not None and sum(name in registry.attachments for _, _, registry in found) != 1:
-            find_adapter(model, name)
+        if name is not None:
+            find_in(found, model, name)
     for _, _, registry in found:
         registry.check_settled()
     for path, module in base_modules(model):

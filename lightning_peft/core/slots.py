@@ -27,7 +27,8 @@ class AdapterSlots(nn.Module):
         super().__init__()
         self._handles: dict[type[Adapter], list[Any]] = {}
         self.active: tuple[str, ...] = ()
-        self._own: dict[str, _Kinds] = {}  # the adapters of each name, by what they act on
+        self._named: dict[str, tuple[Adapter, ...]] = {}
+        self._own: dict[str, _Kinds] = {}  # the same, by what they act on
         self._before: tuple[InputAdapter, ...] = ()
         self._after: tuple[Callable[[Any, Any], Any], ...] = ()
         self._weights: tuple[WeightAdapter, ...] = ()
@@ -68,11 +69,27 @@ class AdapterSlots(nn.Module):
             del self._modules[slot]
             self._note(adapter_name(slot))
 
+    def rename(self, old: str, new: str) -> None:
+        """Call the adapter ``old`` by another name, at the same place among the others."""
+        moved = {slot: slot_name(new, part_name(slot)) for slot in self._modules if adapter_name(slot) == old}
+        children = {moved.get(slot, slot): child for slot, child in self._modules.items()}
+        self._modules.clear()
+        self._modules.update(children)
+        self._note(old)
+        self._note(new)
+        self.active = tuple(new if name == old else name for name in self.active)
+
     def activate(self, names: tuple[str, ...]) -> None:
         """Let exactly the adapters ``names`` act, in that order."""
         before, after, weights = self.of(*names)
         # Not by assignment, which nn.Module makes slow: switching goes through all layers of a model.
         vars(self).update(active=names, _before=before, _after=after, _weights=weights)
+
+    def train_parameters(self, names: tuple[str, ...]) -> None:
+        """Let the parameters of exactly the adapters ``names`` require a gradient."""
+        for name, adapters in self._named.items():
+            for adapter in adapters:
+                adapter.train_parameters(name in names)
 
     def act_by_row(self, names: tuple[str, ...], *after: Callable[[Any, Any], Any]) -> None:
         """Let only ``after`` act, called with input and output, in place of the adapters ``names``."""
@@ -85,19 +102,20 @@ class AdapterSlots(nn.Module):
         before, after, weights = (tuple(chain(*kind)) for kind in zip(_NONE, *map(self.of, names), strict=True))
         return tuple(sorted(before, key=_before)), tuple(sorted(after, key=_behind)), weights
 
-    def adapters(self, name: str) -> Iterator[Adapter]:
+    def adapters(self, name: str) -> tuple[Adapter, ...]:
         """Every adapter ``name``, those too that act on nothing by themselves."""
-        for slot, adapter in self._modules.items():
-            if adapter_name(slot) == name and isinstance(adapter, Adapter):
-                yield adapter
+        return self._named.get(name, ())
 
     def _note(self, name: str) -> None:
-        own = list(self.adapters(name))
+        """Keep the adapters ``name`` at hand: switching goes through all layers of a model."""
+        slots = [adapter for slot, adapter in self.named_children() if adapter_name(slot) == name]
+        own = [adapter for adapter in slots if isinstance(adapter, Adapter)]
         before = sorted((a for a in own if isinstance(a, InputAdapter)), key=_before)
         after = sorted((a for a in own if isinstance(a, OutputAdapter)), key=_behind)
         self._own[name] = tuple(before), tuple(after), tuple(a for a in own if isinstance(a, WeightAdapter))
+        self._named[name] = tuple(own)
         if not own:
-            del self._own[name]
+            del self._own[name], self._named[name]
 
     def replaces(self, name: str) -> bool:
         """Whether an acting adapter puts a tensor in place of the host's ``name``."""

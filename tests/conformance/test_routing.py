@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conformance.cells import Cell, perturb
+from conformance.cells import Cell
+from perturbation import perturb
 from torch import Tensor
 
 from lightning_peft import LoRA, active, disabled, inject, route
@@ -19,7 +20,7 @@ def test_a_mixed_batch_equals_each_adapter_alone(cell: Cell) -> None:
             inject(model, method, name)
         except (NotApplicableError, TargetError):
             continue
-        perturb(model, name)
+        perturb(model, name, 0.05)
         names.insert(1, name)
     names = [names[i % len(names)] for i in (0, 3, 1, 2, 0)]
     model.eval()

@@ -1,15 +1,38 @@
 """Which adapters act, and which train."""
 
+import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import tiny_models
 import torch
 from perturbation import perturb
 from placing import Place, Scale, Shift
 from snapshot import Snapshot
 from torch import Tensor, nn
 
-from lightning_peft import LoRA, activate, active, active_adapters, disabled, inject, remove
+from lightning_peft import (
+    IA3,
+    AdapterInfo,
+    BitFit,
+    LayerNormTuning,
+    LoRA,
+    Method,
+    PrefixTuning,
+    PromptTuning,
+    SelectiveTuning,
+    activate,
+    active,
+    active_adapters,
+    adapters,
+    disabled,
+    inject,
+    remove,
+    rename,
+    route,
+)
+from lightning_peft.core.checkpoint import adapter_state
 from lightning_peft.errors import AdapterNameError, PEFTError
 
 
@@ -153,3 +176,97 @@ def test_adapters_of_two_parts_are_switched_from_the_whole(x: Tensor) -> None:
     with disabled(net):
         torch.testing.assert_close(net(x), base)
     torch.testing.assert_close(net(x), both)
+
+
+def test_switching_writes_into_no_tensor_and_replaces_none() -> None:
+    net = tiny_models.llama()
+    methods = {
+        "lora": LoRA(r=2),
+        "ia3": IA3(),
+        "prompt": PromptTuning(num_virtual_tokens=2),
+        "norms": LayerNormTuning(),
+    }
+    for name, method in methods.items():
+        inject(net, method, name)
+    everything = [*net.named_parameters(), *net.named_buffers()]
+    before = [(name, id(tensor), tensor._version, tensor.data_ptr()) for name, tensor in everything]
+    for name in methods:
+        activate(net, name)
+        with active(net, "lora", "ia3"), disabled(net):
+            pass
+        with route(net, [name, None]):
+            pass
+    everything = [*net.named_parameters(), *net.named_buffers()]
+    assert [(name, id(tensor), tensor._version, tensor.data_ptr()) for name, tensor in everything] == before
+
+
+def test_a_listing_has_every_adapter_with_what_it_is() -> None:
+    net = nn.Sequential(nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Linear(3, 3)))
+    lora, probe = LoRA(r=2, modules_to_save=None), BitFit()
+    assert adapters(net) == ()
+    inject(net[0], lora, "first")
+    inject(net[0], probe, "second")
+    inject(net[1], lora, "third")
+    activate(net, "third", "second")
+    assert adapters(net) == (
+        AdapterInfo("first", lora, False, 12),
+        AdapterInfo("second", probe, True, 3),
+        AdapterInfo("third", lora, True, 12),
+    )
+    assert [info.name for info in adapters(net[1])] == ["third"]
+
+
+def test_in_a_listing_what_tied_layers_share_counts_once() -> None:
+    net = tiny_models.llama()
+    inject(net, SelectiveTuning(token_ids=[1, 2]), "rows")
+    assert [info.parameters for info in adapters(net)] == [2 * tiny_models.WIDTH]
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), PrefixTuning(num_virtual_tokens=2), BitFit(), PromptTuning()], ids=str)
+def test_a_renamed_adapter_is_the_same_under_another_name(method: Method) -> None:
+    net, ids = tiny_models.bert(), torch.randint(3, 40, (2, 5))
+    method = replace(method, num_virtual_tokens=2) if hasattr(method, "num_virtual_tokens") else method
+    for name in ("a", "b", "c"):
+        inject(net, method, name)
+        perturb(net, name)
+    net.eval()
+    activate(net, "c", "b")
+    with torch.no_grad():
+        acting, before = net(ids).logits, {name: (id(p), p._version) for name, p in net.named_parameters()}
+        order, state = list(net.state_dict()), adapter_state(net)
+        rename(net, "b", "new")
+        assert torch.equal(net(ids).logits, acting)
+        assert active_adapters(net) == ("c", "new")
+        assert [info.name for info in adapters(net)] == ["a", "new", "c"]
+        assert list(net.state_dict()) == [_renamed(key) for key in order]
+        assert {_renamed(name): ids for name, ids in before.items()} == {
+            name: (id(p), p._version) for name, p in net.named_parameters()
+        }
+        assert list(adapter_state(net)) == [_renamed(key) for key in state]
+        with active(net, "new"):
+            alone = net(ids).logits
+        with route(net, ["new", None]):
+            torch.testing.assert_close(net(ids).logits[0], alone[0], rtol=1e-5, atol=1e-6)
+    remove(net, "new")
+    assert not any("new" in key for key in net.state_dict())
+
+
+def _renamed(key: str) -> str:
+    return re.sub(r"\bpeft\.b\b", "peft.new", key)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("scael", "x", "no adapter 'scael'.*Did you mean 'scale'"),
+        ("scale", "shift", "There is an adapter 'shift' already"),
+        ("scale", "scale", "There is an adapter 'scale' already"),
+        ("scale", "a.b", "cannot be the name"),
+        ("scale", "forward", "cannot be the name"),
+    ],
+)
+def test_a_name_that_cannot_be_given_is_refused(net: nn.Module, old: str, new: str, message: str) -> None:
+    before = Snapshot(net)
+    with pytest.raises(AdapterNameError, match=message):
+        rename(net, old, new)
+    before.assert_same(net)

@@ -8,8 +8,8 @@ import peft
 import pytest
 import tiny_models
 import torch
-from conformance.cells import perturb
 from peft.utils import merge_utils
+from perturbation import perturb
 from snapshot import Snapshot
 from torch import Tensor, nn
 
@@ -140,7 +140,7 @@ def _loras(**fields: Any) -> nn.Module:
     model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
     for i, name in enumerate("ab"):
         inject(model, LoRA(**{"r": 2, "alpha": 3.0 + i, **fields}), name)
-        perturb(model, name)
+        perturb(model, name, 0.05)
     return model.eval()
 
 
@@ -206,7 +206,7 @@ def test_what_changes_the_base_combines_by_its_changes(case: str) -> None:
     model = tiny_models.bert()
     for name in "ab":
         inject(model, method, name)
-        perturb(model, name)
+        perturb(model, name, 0.05)
     state, base = adapter_state(model), model.state_dict()
     combine(model, {"a": 0.5, "b": -2.0}, how, "ab", density=0.6 if how == "ties" else None)
     found = {key: value for key, value in adapter_state(model).items() if ".peft.ab" in key and ".lora_" not in key}

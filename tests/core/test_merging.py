@@ -1,8 +1,10 @@
 """Folding an adapter into the base, for good or for a while."""
 
 import copy
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -237,3 +239,66 @@ def test_what_acts_on_the_output_of_another_adapter_is_not_merged_before_it() ->
     merge(model, "first")
     merge(model, "second")
     torch.testing.assert_close(model(x), expected)
+
+
+TIED = [
+    (tiny_models.gpt2, ["wte"], "transformer.wte"),
+    (tiny_models.llama, ["embed_tokens", "q_proj"], "model.embed_tokens"),
+    (tiny_models.llama, ["q_proj", "lm_head"], "lm_head"),
+]
+
+
+@pytest.mark.parametrize(("build", "targets", "path"), TIED, ids=["gpt2", "llama", "llama_head"])
+def test_untied_a_tied_layer_merges_and_loads_as_it_was_saved(
+    build: Callable[[], nn.Module], targets: list[str], path: str, tmp_path: Path
+) -> None:
+    model, ids = _lora(build(), *targets), torch.arange(5)[None]
+    other = model.get_output_embeddings() if path != "lm_head" else model.get_input_embeddings()
+    kept, expected = other.weight, model(ids).logits
+    merge(model, untie=True)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert other.weight is kept
+    assert model.get_submodule(path).weight is not kept
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path)(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("build", "targets", "path"), TIED, ids=["gpt2", "llama", "llama_head"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_within_merged_a_tie_is_undone_and_then_is_as_before(
+    build: Callable[[], nn.Module], targets: list[str], path: str, fails: bool
+) -> None:
+    model, ids = _lora(build(), *targets), torch.arange(5)[None]
+    before, expected = Snapshot(model), model(ids).logits
+    with suppress(ZeroDivisionError), merged(model, untie=True):
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+        assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+        assert not model.config.tie_word_embeddings
+        _ = 1 / (not fails)
+    before.assert_same(model)
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert model.config.tie_word_embeddings
+    assert_identical(model(ids).logits, expected)
+
+
+def test_what_is_tied_for_the_adapter_too_stays_tied_when_the_rest_is_untied() -> None:
+    shared, x = nn.Linear(4, 4, bias=False), torch.randn(3, 4)
+    net = nn.Sequential(shared, nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    net[1].weight = net[2].weight = shared.weight
+    inject(net, LoRA(r=2, target_modules=["0", "1"]))
+    perturb(net)
+    net[1].peft.default.load_state_dict(net[0].peft.default.state_dict())
+    expected = net(x)
+    merge(net, untie=True)
+    torch.testing.assert_close(net(x), expected, rtol=1e-5, atol=1e-6)
+    assert net[0].weight is net[1].weight
+    assert net[0].weight is not net[2].weight
+
+
+def test_without_a_tie_to_undo_untie_changes_nothing_else() -> None:
+    model, ids = _lora(tiny_models.llama(), "q_proj"), torch.arange(5)[None]
+    expected = model(ids).logits
+    merge(model, untie=True)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings

@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 import transformers as hf
-from conformance.cells import perturb
+from perturbation import perturb
 from placing import Place, Scale, ScaleInput, ScaleWeight, Shift
 from snapshot import Snapshot
 from torch import Tensor, nn
@@ -57,7 +57,7 @@ def x() -> Tensor:
 def _with(model: nn.Module, methods: dict[str, Method]) -> nn.Module:
     for name, method in methods.items():
         inject(model, method, name)
-        perturb(model, name)
+        perturb(model, name, 0.05)
     return model.eval()
 
 
