@@ -16,8 +16,11 @@ def activate(model: nn.Module, *names: str) -> None:
     """
     for registry, chosen in _choose(model, names):
         registry.activate(chosen)
+        modes = {name: name in chosen for name, a in registry.attachments.items() if a.trains or name in chosen}
         for slots in registry.slots.values():
-            slots.train_parameters(chosen)
+            slots.train_parameters(modes)
+        for name, mode in modes.items():
+            registry.attachments[name].trains = mode
 
 
 @contextmanager

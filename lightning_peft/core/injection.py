@@ -91,6 +91,7 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
         keys=keys_of(model, added),
         saved=injection.saved,
         left_out=injection.left_out,
+        trains=acts,
     )
     if acts:
         registry.activate((*registry.active, name))

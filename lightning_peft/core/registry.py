@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import Method
-from lightning_peft.core.slots import AdapterSlots, adapter_name, modules_outside, part_name
+from lightning_peft.core.slots import AdapterSlots, modules_outside
 from lightning_peft.errors import AdapterNameError, did_you_mean
 
 _ATTRIBUTE = "_peft_registry"
@@ -25,6 +25,8 @@ class Attachment:
     """Paths of the modules that are trained whole."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Layers that an automatic choice passed over, with the reason."""
+    trains: bool = True
+    """Whether it was last let train; those that were not need not be looked at when adapters are switched."""
 
 
 @dataclass
@@ -50,9 +52,8 @@ class Registry:
     def parts(self, name: str) -> Iterator[tuple[str, str, Adapter]]:
         """Yield (path of the host, part, adapter) for every slot of adapter ``name``."""
         for path, slots in self.slots.items():
-            for slot, adapter in slots._modules.items():
-                if adapter_name(slot) == name and isinstance(adapter, Adapter):
-                    yield path, part_name(slot), adapter
+            for part, adapter in slots.parts(name).items():
+                yield path, part, adapter
 
     def activate(self, names: tuple[str, ...]) -> None:
         """Let exactly ``names`` act, in that order."""

@@ -103,21 +103,23 @@ def report(model: nn.Module) -> Report:
     for prefix, owner, registry in registries(model):
         for name, attachment in registry.attachments.items():
             for path, part, adapter in registry.parts(name):
-                if not any(True for _ in adapter.parameters()):
+                parameters = list(adapter.parameters())
+                if not parameters:
                     continue  # it only hands on what another one needs
                 host = owner.get_submodule(path)
                 whole = isinstance(adapter, SavedParameters)
                 kind = "trained whole" if whole else type(attachment.method.planner_of(part)).__name__
-                trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+                trainable = sum(p.numel() for p in parameters if p.requires_grad)
                 hosts.append(HostRow(_join(prefix, path), type(host).__name__, name, kind, trainable))
             left_out += [(_join(prefix, path), reason) for path, reason in attachment.left_out]
             saved.update(_join(prefix, path) for path in attachment.saved)
+    parameters = list(model.parameters())
     return Report(
         hosts=tuple(hosts),
         parts=tuple(_parts(model, {row.host for row in hosts}, saved)),
         left_out=tuple(left_out),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
     )
 
 

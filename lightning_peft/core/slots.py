@@ -4,7 +4,7 @@ The adapter ``name`` of a host is its child ``<host>.peft.<slot>``. A slot is ca
 where one adapter needs several slots on one host, the others are ``default:<part>``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -27,7 +27,7 @@ class AdapterSlots(nn.Module):
         super().__init__()
         self._handles: dict[type[Adapter], list[Any]] = {}
         self.active: tuple[str, ...] = ()
-        self._named: dict[str, tuple[Adapter, ...]] = {}
+        self._parts: dict[str, dict[str, Adapter]] = {}  # by the adapter's name, and by part
         self._own: dict[str, _Kinds] = {}  # the same, by what they act on
         self._before: tuple[InputAdapter, ...] = ()
         self._after: tuple[Callable[[Any, Any], Any], ...] = ()
@@ -85,11 +85,11 @@ class AdapterSlots(nn.Module):
         # Not by assignment, which nn.Module makes slow: switching goes through all layers of a model.
         vars(self).update(active=names, _before=before, _after=after, _weights=weights)
 
-    def train_parameters(self, names: tuple[str, ...]) -> None:
-        """Let the parameters of exactly the adapters ``names`` require a gradient."""
-        for name, adapters in self._named.items():
-            for adapter in adapters:
-                adapter.train_parameters(name in names)
+    def train_parameters(self, modes: Mapping[str, bool]) -> None:
+        """Let the parameters of these adapters require a gradient, or not."""
+        for name, mode in modes.items():
+            for adapter in self.parts(name).values():
+                adapter.train_parameters(mode)
 
     def act_by_row(self, names: tuple[str, ...], *after: Callable[[Any, Any], Any]) -> None:
         """Let only ``after`` act, called with input and output, in place of the adapters ``names``."""
@@ -102,20 +102,21 @@ class AdapterSlots(nn.Module):
         before, after, weights = (tuple(chain(*kind)) for kind in zip(_NONE, *map(self.of, names), strict=True))
         return tuple(sorted(before, key=_before)), tuple(sorted(after, key=_behind)), weights
 
-    def adapters(self, name: str) -> tuple[Adapter, ...]:
-        """Every adapter ``name``, those too that act on nothing by themselves."""
-        return self._named.get(name, ())
+    def parts(self, name: str) -> Mapping[str, Adapter]:
+        """Every adapter ``name`` by part, those too that act on nothing by themselves."""
+        return self._parts.get(name, {})
 
     def _note(self, name: str) -> None:
         """Keep the adapters ``name`` at hand: switching goes through all layers of a model."""
-        slots = [adapter for slot, adapter in self.named_children() if adapter_name(slot) == name]
-        own = [adapter for adapter in slots if isinstance(adapter, Adapter)]
+        slots = {part_name(slot): child for slot, child in self.named_children() if adapter_name(slot) == name}
+        parts = {part: child for part, child in slots.items() if isinstance(child, Adapter)}
+        own = list(parts.values())
         before = sorted((a for a in own if isinstance(a, InputAdapter)), key=_before)
         after = sorted((a for a in own if isinstance(a, OutputAdapter)), key=_behind)
         self._own[name] = tuple(before), tuple(after), tuple(a for a in own if isinstance(a, WeightAdapter))
-        self._named[name] = tuple(own)
+        self._parts[name] = parts
         if not own:
-            del self._own[name], self._named[name]
+            del self._own[name], self._parts[name]
 
     def replaces(self, name: str) -> bool:
         """Whether an acting adapter puts a tensor in place of the host's ``name``."""
