@@ -26,7 +26,7 @@ from lightning_peft.training.base_weights import load_base_weights
 from lightning_peft.training.checks import GradientWatch, check_all_is_saved, check_optimizers, check_still_there
 from lightning_peft.training.contents import Content, check_content, keep_content
 from lightning_peft.training.continuing import continue_adapter
-from lightning_peft.training.trainer import check_trainer, make_files_safe, renew_copies
+from lightning_peft.training.trainer import check_comes_back, check_trainer, make_files_safe, renew_copies
 
 FrozenMode = Literal["train", "eval"]
 _INTENT = "_peft_intent"
@@ -214,6 +214,8 @@ def attach(module: L.LightningModule) -> None:
     if intent.base_weights and not has_adapters(module):
         load_base_weights(module, intent.base_weights)
     waiting = {name: method for name, method in intent.methods.items() if name not in attached}
+    if trainer and waiting:
+        check_comes_back(trainer)
     for name, method in waiting.items():
         if name in intent.sources:
             continue_adapter(module, intent.sources[name], name, method)

@@ -4,6 +4,9 @@ import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.training.files import SafeCheckpointIO
@@ -13,7 +16,8 @@ def check_trainer(trainer: L.Trainer) -> None:
     """Raise if adapters cannot be trained right under this Trainer.
 
     Raises:
-        ConfigError: a callback freezes and unfreezes layers, as the adapters' own mechanism does.
+        ConfigError: a callback freezes and unfreezes layers, as the adapters' own mechanism does, or normalisation
+            layers are to be replaced.
         NotApplicableError: the strategy shards parameters.
     """
     strategy = trainer.strategy
@@ -23,6 +27,11 @@ def check_trainer(trainer: L.Trainer) -> None:
             " would not be brought together. Use strategy='auto' on one device or 'ddp' on several: with a frozen base "
             "only the adapters have gradients and optimizer states."
         )
+    if getattr(strategy, "_layer_sync", None):
+        raise ConfigError(
+            "Trainer(sync_batchnorm=True) replaces normalisation layers after adapters were attached, and takes off "
+            "what keeps the frozen ones in eval. Leave it out: frozen statistics are the same in every process."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         if isinstance(callback, BaseFinetuning):
             raise ConfigError(
@@ -30,6 +39,27 @@ def check_trainer(trainer: L.Trainer) -> None:
                 "base would train and no adapter checkpoint would hold it. Leave it out; to train whole modules beside "
                 "the adapters, name them in modules_to_save."
             )
+
+
+def check_comes_back(trainer: L.Trainer) -> None:
+    """Warn, or raise, if adapters attached now are in a process that ends with the run, and not in the caller's.
+
+    ``ddp_spawn`` and its like hand the trained tensors back to the caller's module, which has no adapters to take them.
+
+    Raises:
+        NotApplicableError: no checkpoint would hold them either.
+    """
+    if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or trainer.state.fn != TrainerFn.FITTING:
+        return
+    what = (
+        f"Under Trainer(strategy={type(trainer.strategy).__name__}) that starts its processes with "
+        f"{trainer.strategy.launcher._start_method!r}, the adapters that PEFTCallback attaches stay in these: after "
+        "fit, the module of the calling process has none"
+    )
+    remedy = "use strategy='ddp', or inject(module, method) before fit, beside PEFTCallback"
+    if not trainer.checkpoint_callbacks:
+        raise NotApplicableError(f"{what}, and no ModelCheckpoint would keep them. To have them, {remedy}.")
+    rank_zero_warn(f"{what}. They are in the checkpoints (load_from_checkpoint). To have them in the module, {remedy}.")
 
 
 def make_files_safe(trainer: L.Trainer) -> None:
