@@ -1,10 +1,11 @@
-"""Many tasks on one model: `python examples/many_tasks.py` (five minutes on two CPU cores).
+"""Many tasks on one model: `python examples/many_tasks.py [STEPS]` (five minutes on two CPU cores).
 
 Three small adapters, one each for sentences about films, for product reviews and for tweets, are trained on one
 all-MiniLM-L6-v2 and written to disk. Then one loaded model serves all three: switched by name, mixed row by row in a
 single batch, and combined into a fourth.
 """
 
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,12 +30,16 @@ def data_of(task: str) -> TextClassificationData:
     )
 
 
-def train(task: str, folder: Path) -> None:
+def train(task: str, steps: int, folder: Path) -> None:
     """Train the adapter of one task on its own copy of the base, and write it to ``folder/task``."""
     L.seed_everything(0, verbose=False)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=200, limit_val_batches=0, **quiet, callbacks=[PEFTCallback(LoRA(r=8), show=False)]
+        accelerator="cpu",
+        max_steps=steps,
+        limit_val_batches=0,
+        **quiet,
+        callbacks=[PEFTCallback(LoRA(r=8), show=False)],
     )
     model = TextClassifier(str(model_dir()), dropout=0.0)
     trainer.fit(model, data_of(task))
@@ -58,9 +63,9 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, steps: int) -> None:
     for task in TASKS:
-        train(task, folder)
+        train(task, steps, folder)
 
     # One model for all three, each adapter loaded from its directory.
     model = TextClassifier(str(model_dir())).eval()
@@ -111,4 +116,4 @@ def loader_of(task: str) -> torch.utils.data.DataLoader:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        main(Path(name))
+        main(Path(name), int(sys.argv[1]) if len(sys.argv) > 1 else 200)
