@@ -33,14 +33,9 @@ def data_of(task: str) -> TextClassificationData:
 def train(task: str, steps: int, folder: Path) -> None:
     """Train the adapter of one task on its own copy of the base, and write it to ``folder/task``."""
     L.seed_everything(0, verbose=False)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        limit_val_batches=0,
-        **quiet,
-        callbacks=[PEFTCallback(LoRA(r=8), show=False)],
-    )
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "limit_val_batches": 0}
+    peft = PEFTCallback(LoRA(r=8), show=False)
+    trainer = L.Trainer(accelerator="cpu", max_steps=steps, **quiet, callbacks=[peft])
     model = TextClassifier(str(model_dir()), dropout=0.0)
     trainer.fit(model, data_of(task))
     save_adapter(model, folder / task)

@@ -61,8 +61,6 @@ def test_the_commands_parse(monkeypatch, capsys):
             subprocess.run(["make", "--dry-run", *arguments], check=True, capture_output=True)
         else:
             assert program == "lightning-peft"
-            # The checkpoint is there after the demo alone.
-            arguments = [a for a in arguments if a != "--ckpt_path" and not a.endswith(".ckpt")]
             with pytest.raises(SystemExit, match="0"):
                 main([*arguments, "--print_config"])
             assert yaml.safe_load(capsys.readouterr().out)["model"]

@@ -76,3 +76,14 @@ def test_a_method_of_configs_learns_the_small_task(workplace):
     shown = python("examples/compare_methods.py", "ia3", folder=workplace, timeout=1200)
     assert float(re.search(r"^ia3 +(0\.\d+)", shown, re.MULTILINE)[1]) >= 0.8
     assert "2,000 sentences" in shown
+
+
+@pytest.mark.slow
+def test_three_tasks_are_served_from_one_model(workplace):
+    shown = python("examples/many_tasks.py", "30", folder=workplace, timeout=1200)
+    assert re.findall(r"^(\w+): LoRA, 338,690 parameters", shown, re.MULTILINE) == ["movie", "amazon", "tweets"]
+    apart = [float(value) for value in re.findall(r"differ by (\S+) from the adapter alone", shown)]
+    assert len(apart) == 3
+    assert max(apart) < 1e-5
+    small, whole = (int(value.replace(",", "")) for value in re.findall(r": ([\d,]+) bytes", shown))
+    assert small * 50 < whole
