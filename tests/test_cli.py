@@ -205,7 +205,8 @@ def test_a_damaged_record_is_one_message_too(config, tmp_path, capsys):
         {"version": 1, "adapters": [1]},
         {"version": 1, "adapters": {"": {"path": "", "name": "default"}}},
     ):
-        torch.save({"state_dict": {}, "lightning_peft": damaged}, tmp_path / "damaged.ckpt")
+        checkpoint = {"state_dict": {}, "pytorch-lightning_version": "2.6.0", "lightning_peft": damaged}
+        torch.save(checkpoint, tmp_path / "damaged.ckpt")
         with pytest.raises(SystemExit, match="1"):
             main(["test", f"--config={config}", f"--ckpt_path={tmp_path}/damaged.ckpt"])
         assert "CheckpointError: The 'lightning_peft' record of this file is damaged" in capsys.readouterr().err

@@ -1,12 +1,15 @@
 """The adapter's part of a checkpoint: its tensors, and the record that lets it be attached and checked again."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.fingerprint import check_base, fingerprint
+from lightning_peft.core.bounds import no_larger_than
+from lightning_peft.core.fingerprint import check_base, check_own_base, fingerprint
 from lightning_peft.core.injection import Injection, inject, plan_injection, remove
 from lightning_peft.core.method import Method
 from lightning_peft.core.names import plain_name
@@ -44,6 +47,24 @@ def record(model: nn.Module) -> dict[str, Any]:
     return {"version": VERSION, "adapters": adapters, "base": fingerprint(model)}
 
 
+@contextmanager
+def _told_as_damage() -> Iterator[None]:
+    """Say of whatever else goes wrong with a file's content what it means to a user.
+
+    What a file can hold is without end; what is checked below is what deserves words of its own.
+    """
+    try:
+        yield
+    except PEFTError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"The '{RECORD}' record or the tensors of this file are damaged ({type(error).__name__}: {error}). Use "
+            "another copy."
+        ) from error
+
+
+@_told_as_damage()
 def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -> None:
     """Attach what a record describes, or check that what is attached already is the same, and that ``state`` fits.
 
@@ -51,7 +72,7 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
     (all of it) fits any base of these shapes.
 
     Raises:
-        AdapterKeyError: a tensor of ``state`` is missing, left over, or of another shape.
+        AdapterKeyError: a tensor of ``state`` is missing, left over, or of another shape or kind.
         BaseMismatchError: the adapters were trained on another base.
         CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached.
     """
@@ -83,10 +104,11 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
     try:
         for (path, name), method in entries.items():
             if (path, name) not in attached:
-                inject(modules[path], method, name)
+                with no_larger_than(model, state):
+                    inject(modules[path], method, name)
                 added.append((modules[path], name))
-        _check_state(model, state)
-    except PEFTError as error:
+        _check_state(model, state, recorded.get("base"))
+    except Exception as error:
         for owner, name in added:
             remove(owner, name)
         if isinstance(error, AdapterNameError):
@@ -94,6 +116,7 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
         raise
 
 
+@_told_as_damage()
 def prepare_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Tensor], name: str) -> Injection:
     """Plan to attach one adapter of a checkpoint as ``name``, filled, beside what ``model`` carries already.
 
@@ -110,7 +133,9 @@ def prepare_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Tensor
             f"The file holds no adapter {name!r} of the whole module; it holds "
             f"{', '.join(map(repr, entries)) or 'none'}. Give the new one that name."
         )
-    injection = plan_injection(model, entries[source], name)
+    _check_mapping(state)
+    with no_larger_than(model, state):
+        injection = plan_injection(model, entries[source], name)
     check_base(model, recorded.get("base"), injection.saved)
     own = re.compile(rf"(^|\.){CHILD}\.{re.escape(source)}(?=[.:])")
     found = {own.sub(rf"\1{CHILD}.{OWN_NAME}", key): value for key, value in state.items() if own.search(key)}
@@ -135,9 +160,13 @@ def recorded_methods(recorded: Any) -> dict[tuple[str, str], Method]:
             f"to {VERSION}). Upgrade lightning_peft."
         )
     try:
-        return {(e["path"], e["name"]): Method.from_config(e["method"]) for e in recorded["adapters"].values()}
+        entries = [(entry["path"], entry["name"], entry["method"]) for entry in recorded["adapters"].values()]
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"The '{RECORD}' record of this file is damaged ({error!r}).") from error
+    for path, name, _ in entries:
+        if not isinstance(path, str) or not isinstance(name, str):
+            raise CheckpointError(f"The '{RECORD}' record of this file is damaged: adapter {name!r} on {path!r}.")
+    return {(path, name): Method.from_config(method) for path, name, method in entries}
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -155,15 +184,22 @@ def _check_mapping(state: Any) -> None:
         raise CheckpointError("The 'state_dict' of this file is damaged: it is no mapping from names to tensors.")
 
 
-def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
+def _check_state(model: nn.Module, state: Mapping[str, Any], base: Any) -> None:
     """Check that ``state`` holds the adapters of ``model``, or all of ``model``, and nothing else.
+
+    Args:
+        model: the network, its adapters attached.
+        state: the tensors of the file.
+        base: what the file records of its base, for the case that the base is in the file too.
 
     Raises:
         AdapterKeyError: a tensor is missing, left over, or of another shape or kind.
+        CheckpointError: an adapter has values that are no numbers.
     """
     whole = {plain_name(key): value for key, value in model.state_dict(keep_vars=True).items()}
+    own = frozenset(map(plain_name, adapter_keys(model)))
     full = bool(base_keys(model) & state.keys())
-    wanted = whole if full else {key: whole[key] for key in map(plain_name, adapter_keys(model)) if key in whole}
+    wanted = whole if full else {key: whole[key] for key in own if key in whole}
     if missing := sorted(wanted.keys() - state.keys()):
         raise AdapterKeyError(
             f"The file lacks {len(missing)} of {len(wanted)} {'' if full else 'adapter '}tensors, first '{missing[0]}'."
@@ -174,6 +210,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
             f"The file holds {len(extra)} tensors that belong to no adapter of {type(model).__name__}, first "
             f"'{extra[0]}'.{did_you_mean(extra[0], wanted)}"
         )
+    if full and base:
+        check_own_base(state, base)
     for key, here in wanted.items():
         there = state[key]
         if not isinstance(here, Tensor):
@@ -181,6 +219,25 @@ def _check_state(model: nn.Module, state: Mapping[str, Any]) -> None:
         if not isinstance(there, Tensor) or there.shape != here.shape:
             found = list(there.shape) if isinstance(there, Tensor) else type(there).__name__
             raise AdapterKeyError(f"'{key}' is {found} in the file and must have shape {list(here.shape)}.")
+        trained = key in own and isinstance(here, nn.Parameter)
+        kind, found = _kind(here, exact=trained), "meta" if there.is_meta else _kind(there, exact=trained)
+        if found != kind:
+            raise AdapterKeyError(
+                f"'{key}' is {found} in the file and must be {kind}: it was changed after it was saved, or belongs to "
+                "a base of another precision."
+            )
+        if trained and there.is_floating_point() and not there.isfinite().all():
+            raise CheckpointError(
+                f"'{key}' holds NaN or infinite values: the training that wrote the file had diverged. Use an earlier "
+                "checkpoint."
+            )
+
+
+def _kind(tensor: Tensor, exact: bool) -> str:
+    """What a tensor is: its dtype ("float" for all of them if not ``exact``), and how it is laid out."""
+    dtype = "float" if tensor.is_floating_point() and not exact else str(tensor.dtype).removeprefix("torch.")
+    layout = "" if tensor.layout == torch.strided else f" {str(tensor.layout).removeprefix('torch.')}"
+    return dtype + layout
 
 
 def _differences(there: Method, here: Method) -> str:

@@ -124,6 +124,25 @@ def _columns(recorded: Any) -> tuple[list[str], list[Any], list[Any], Tensor]:
     return names, shapes, dtypes, samples
 
 
+def check_own_base(state: Mapping[str, Any], recorded: Any) -> None:
+    """Compare the base's tensors in a file that holds them with what the same file records of them.
+
+    Raises:
+        CheckpointError: names the first tensor that differs.
+    """
+    names, _, dtypes, samples = _columns(recorded)
+    for name, dtype, sample in zip(names, dtypes, samples, strict=True):
+        there = state.get(name)
+        if not isinstance(there, Tensor) or there.is_meta:
+            continue  # whether it has to be there depends on the model
+        found = str(there.dtype).removeprefix("torch.")
+        if found != dtype or not torch.allclose(_sample(there), sample, rtol=1e-6, atol=0, equal_nan=True):
+            raise CheckpointError(
+                f"'{name}' is {found} {_short(_sample(there))} in the file, whose own record says {dtype} "
+                f"{_short(sample)}: it was changed after it was saved."
+            )
+
+
 def _sample(tensor: Tensor) -> Tensor:
     """Eight values at evenly spread positions, in fp64 on the CPU."""
     if tensor.is_meta or tensor.numel() == 0:

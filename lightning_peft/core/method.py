@@ -7,15 +7,16 @@ subclass of :class:`Method`; there is no list to add it to.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.declared import fits, named, shown
 from lightning_peft.core.hosts import Host
 from lightning_peft.core.peft_form import PeftFile, PeftForm
 from lightning_peft.core.targets import ALL_LINEAR, select_hosts
-from lightning_peft.errors import ConfigError, did_you_mean
+from lightning_peft.errors import ConfigError, PEFTError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -187,19 +188,45 @@ class Method(ABC):
         if not isinstance(config, Mapping) or not isinstance(name := config.get("method"), str) or name not in known:
             found = config.get("method") if isinstance(config, Mapping) else config
             raise ConfigError(
-                f"There is no method {found!r}; methods: {', '.join(known)}.{did_you_mean(str(found), known)}"
+                f"There is no method {shown(found)}; methods: {', '.join(known)}.{did_you_mean(shown(found), known)}"
             )
-        values = {key: _revived(value) for key, value in config.items() if key != "method"}
+        values = {key: value for key, value in config.items() if key != "method"}
         allowed = set(known[name].field_names())
-        if unknown := sorted(map(str, set(values) - allowed)):
+        if unknown := sorted(key if isinstance(key, str) else shown(key) for key in set(values) - allowed):
             raise ConfigError(
                 f"{name} has no field {', '.join(map(repr, unknown))}; fields: {', '.join(sorted(allowed))}."
                 f"{did_you_mean(unknown[0], allowed)} A newer version of lightning_peft may have written this."
             )
         try:
-            return known[name](**values)
-        except TypeError as error:  # a value of the wrong type, met by a comparison
-            raise ConfigError(f"{name}: {error}.") from error
+            values = {key: _revived(value) for key, value in values.items()}
+            method = known[name](**values)
+        except PEFTError:
+            raise
+        except RecursionError:
+            raise ConfigError(f"{name}: the methods in it are nested without end.") from None
+        except Exception as error:  # met by a value of a wrong type: the check of types has the better words for it
+            known[name]._check_types(values)
+            raise ConfigError(f"{name} cannot be made of the values given: {type(error).__name__}: {error}.") from error
+        known[name]._check_types({key: getattr(method, key) for key in values})
+        return method
+
+    @classmethod
+    def _check_types(cls, values: Mapping[str, Any]) -> None:
+        """Compare values with the types that the fields are declared with.
+
+        ``__post_init__`` checks what a field can mean; this holds for every field of every method, those that forget
+        one included.
+
+        Raises:
+            ConfigError: a value is of another type.
+        """
+        try:
+            declared = get_type_hints(cls)
+        except NameError:  # annotations of names that only a type checker imports
+            return
+        for name, value in values.items():
+            if not fits(value, declared[name]):
+                raise ConfigError(f"{cls.__name__}.{name} must be {named(declared[name])}, not {shown(value)}.")
 
 
 @dataclass(frozen=True, kw_only=True)

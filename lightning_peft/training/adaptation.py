@@ -123,8 +123,10 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
         """Attach what the checkpoint holds, or check that it fits what is attached."""
         super().on_load_checkpoint(checkpoint)
         if RECORD in checkpoint:
-            attach_recorded(self, checkpoint[RECORD], checkpoint.get("state_dict", {}))
             _check_resumable(self, checkpoint)
+            attach_recorded(self, checkpoint[RECORD], checkpoint.get("state_dict", {}))
+            if "current_model_state" in checkpoint:  # WeightAveraging's: what trained on, beside the averages
+                attach_recorded(self, checkpoint[RECORD], checkpoint["current_model_state"])
         elif has_adapters(self):
             raise CheckpointError(
                 "This checkpoint holds no adapter; it looks like a full checkpoint of the base model. To start from "

@@ -1,21 +1,44 @@
 """Reading and writing ``.ckpt`` files: a bad one is this library's error, and a killed process leaves no half one."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import fsspec
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_peft.core.bounds import check_bounds
 from lightning_peft.core.checkpoint import RECORD
 from lightning_peft.core.checksum import checksum
 from lightning_peft.core.files import replaced_whole
 from lightning_peft.errors import CheckpointError
 
 _CHECKSUM = "checksum"
+_VERSION = "pytorch-lightning_version"
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in value)
+
+
+_PARTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "epoch": (lambda value: type(value) is int, "a whole number"),
+    "global_step": (lambda value: type(value) is int, "a whole number"),
+    "hyper_parameters": (_is_named, "a mapping from names to values"),
+    "loops": (_is_named, "a mapping from names to values"),
+    "callbacks": (_is_named, "a mapping from names to values"),
+    "optimizer_states": (_is_list, "a list of mappings"),
+    "lr_schedulers": (_is_list, "a list of mappings"),
+}
+"""What Lightning itself writes into a checkpoint."""
 
 
 def read_checkpoint(path: str | Path | IO[bytes]) -> dict[str, Any]:
@@ -77,6 +100,8 @@ class SafeCheckpointIO(CheckpointIO):
 
     @override
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        # Lightning's own default runs pickled code where the file is a remote one.
+        kwargs["weights_only"] = True if kwargs.get("weights_only") is None else kwargs["weights_only"]
         try:
             checkpoint = self.inner.load_checkpoint(path, *args, **kwargs)
         except Exception as error:
@@ -103,11 +128,30 @@ def _unreadable(path: object, error: Exception) -> CheckpointError:
 
 
 def _checked(path: object, checkpoint: Any) -> dict[str, Any]:
+    """Check what can be told without a model: the sum, and that each of Lightning's own parts is of its kind."""
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise CheckpointError(f"{path} is no Lightning checkpoint: it has no 'state_dict'.")
+    try:
+        check_bounds(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    try:
+        _check_sum(path, checkpoint)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of a tensor whose elements cannot be read
+        raise _unreadable(path, error) from error
     state = checkpoint["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path}: the 'state_dict' of this file is damaged: it maps no names to tensors.")
+    for key, (good, kind) in _PARTS.items():
+        if key in checkpoint and not good(checkpoint[key]):
+            raise CheckpointError(f"{path}: {key!r} of this file is damaged: it must be {kind}.")
+    _check_version(path, checkpoint)
+    return checkpoint
+
+
+def _check_sum(path: object, checkpoint: dict[str, Any]) -> None:
     record = checkpoint.get(RECORD)
     if isinstance(record, dict) and _CHECKSUM in record:
         written = {**checkpoint, RECORD: {key: value for key, value in record.items() if key != _CHECKSUM}}
@@ -116,4 +160,14 @@ def _checked(path: object, checkpoint: Any) -> dict[str, Any]:
                 f"{path} is not what was written: its checksum differs, so it was damaged or edited. Use another copy; "
                 f"to accept an edit of your own, delete checkpoint['{RECORD}']['{_CHECKSUM}'] and save it again."
             )
-    return checkpoint
+
+
+def _check_version(path: object, checkpoint: dict[str, Any]) -> None:
+    # Lightning brings files of older versions up to date first thing, wherever in them that leads.
+    version: Any = checkpoint.get(_VERSION)
+    try:
+        old = Version(version) < Version("2.0") and RECORD in checkpoint
+    except (InvalidVersion, TypeError):
+        raise CheckpointError(f"{path}: {_VERSION!r} of this file is damaged: {version!r} is no version.") from None
+    if old:
+        raise CheckpointError(f"{path}: {_VERSION!r} of this file is damaged: there were no adapters in {version}.")

@@ -247,10 +247,23 @@ def test_a_record_of_a_method_that_cannot_be_is_an_error_of_ours(
     before.assert_same(base)
 
 
-def test_a_state_that_fits_passes_whatever_its_dtype(
+def test_a_state_of_another_precision_is_refused(
     base: nn.Module, recorded: dict[str, Any], state: dict[str, torch.Tensor]
 ) -> None:
-    attach_recorded(base, recorded, {key: tensor.bfloat16() for key, tensor in state.items()})
+    before = Snapshot(base)
+    for kind in (torch.bfloat16, torch.float64, torch.int64, torch.complex64):
+        with pytest.raises(AdapterKeyError, match=f"is {str(kind)[6:]} in the file and must be float"):
+            attach_recorded(base, recorded, {key: tensor.to(kind) for key, tensor in state.items()})
+    before.assert_same(base)
+
+
+def test_adapters_that_are_no_numbers_are_refused(
+    base: nn.Module, recorded: dict[str, Any], state: dict[str, torch.Tensor]
+) -> None:
+    key = next(key for key in state if key.endswith("lora_B"))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(CheckpointError, match=f"'{key}' holds NaN or infinite values.*earlier checkpoint"):
+            attach_recorded(base, recorded, {**state, key: state[key].index_fill(0, torch.tensor([1]), value)})
 
 
 STATES: dict[str, tuple[Any, str]] = {

@@ -1,0 +1,112 @@
+"""Bounds on what comes out of a file, so that going through it ends and takes no more memory than it should."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from lightning_peft.errors import CheckpointError
+
+_DEPTH = 64
+_CONTAINERS = 200_000
+_BITS = 4096  # random generators have states of 128; Python refuses to print more than some 14,000
+_UNFOLDED = 2**26  # bytes of a tensor that repeats its own elements
+_SPARE = 2**16  # elements that a plan may create beside those of its adapters, such as positions
+
+
+def check_bounds(value: dict[Any, Any]) -> None:
+    """Refuse a file's nested values if they are too deep, too many, or too large to be handled.
+
+    A file of a few bytes can hold them: lists inside themselves, one list in many places, one element seen as many.
+
+    Raises:
+        CheckpointError: says which.
+    """
+    waiting: list[tuple[Any, int, object]] = [(value, 0, "")]
+    for _ in range(_CONTAINERS):
+        if not waiting:
+            return
+        found, depth, top = waiting.pop()
+        if depth > _DEPTH:
+            raise CheckpointError(f"what it holds under {top!r} is nested more than {_DEPTH} deep, so it is damaged.")
+        mapping = isinstance(found, dict)
+        for key, item in found.items() if mapping else enumerate(found):
+            part = top or key
+            for one in (key, item) if mapping else (item,):
+                if type(one) is int:
+                    if one.bit_length() > _BITS:
+                        raise CheckpointError(f"a number under {part!r} has over {_BITS} bits, so it is damaged.")
+                elif isinstance(one, (dict, list, tuple, set, frozenset)):
+                    waiting.append((one, depth + 1, part))
+                elif isinstance(one, Tensor):
+                    _check_tensor(one, part)
+    raise CheckpointError(f"it unfolds to more than {_CONTAINERS} lists and mappings, so it is damaged.")
+
+
+@contextmanager
+def no_larger_than(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse, in the ``with`` block, to create adapters that are larger than those of a file.
+
+    What a file says of its adapters need not be true of the tensors in it, and a rank of 10**9 would fill any memory
+    before the shapes could be compared.
+
+    Args:
+        model: the network that adapters are planned for; what is made of its parameters is as large as these.
+        state: the tensors of the file.
+
+    Raises:
+        CheckpointError: a tensor, or all together, would be larger than ``state``.
+    """
+    held = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, Tensor))
+    largest = max(
+        (tensor.numel() for tensor in model.state_dict(keep_vars=True).values() if _counted(tensor)), default=0
+    )
+    with _Allowance(one=max(held, largest) + _SPARE, together=4 * held + _SPARE):
+        yield
+
+
+class _Allowance(TorchDispatchMode):
+    """Looks at sizes before torch allocates: of ``one`` tensor, and of all that are made from nothing ``together``."""
+
+    def __init__(self, one: int, together: int) -> None:
+        super().__init__()
+        self.one, self.left = one, together
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        fresh = not any(isinstance(arg, Tensor) for arg in args)  # zeros, empty, randn, …
+        sizes = [math.prod(arg) for arg in args if isinstance(arg, (list, tuple)) and _whole(arg)]
+        if max(sizes, default=0) > self.one or (fresh and sum(sizes) > self.left):
+            raise CheckpointError(
+                f"The adapters that the file describes need a tensor of {max(sizes)} elements, more than the file "
+                "holds: its record is damaged, or was edited. Use another copy."
+            )
+        if fresh:
+            self.left -= sum(sizes)
+        return func(*args, **(kwargs or {}))
+
+
+def _check_tensor(tensor: Tensor, top: object) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return
+    size = tensor.numel() * tensor.element_size()
+    if size > max(_UNFOLDED, tensor.untyped_storage().nbytes()):
+        raise CheckpointError(
+            f"a tensor under {top!r} of shape {list(tensor.shape)} repeats the few elements that are in the file, so "
+            "it is damaged. Save such a tensor with .contiguous()."
+        )
+
+
+def _counted(value: Any) -> bool:
+    return isinstance(value, Tensor) and not nn.parameter.is_lazy(value)
+
+
+def _whole(sizes: Any) -> bool:
+    return all(type(size) is int for size in sizes)
