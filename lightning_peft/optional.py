@@ -3,8 +3,10 @@
 import sys
 from typing import Any
 
+from torch import nn
 
-def hf_conv1d() -> type | None:
+
+def hf_conv1d() -> type[nn.Module] | None:
     """The ``Conv1D`` class of transformers (GPT-2's linear layer), or None while transformers' code is not loaded.
 
     A model that contains one has loaded it, so nothing is imported here: ``import lightning_peft`` stays cheap.

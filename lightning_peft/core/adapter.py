@@ -96,6 +96,13 @@ BatchedForm = Callable[[Tensor, Tensor, Places], Tensor]
 class OutputAdapter(Adapter):
     """Acts after the host: ``forward(x, y) -> y'`` with the host's first input ``x`` and its output ``y``."""
 
+    writes: bool = False
+    """Whether it has an :meth:`into`, and the host's output is a new tensor that the host's backward does not read."""
+
+    def into(self, x: Any, y: Any) -> Any:
+        """What ``forward`` computes, written into ``y``, which nothing else reads."""
+        return self(x, y)
+
     @classmethod
     def batched(cls, adapters: Sequence[Any]) -> BatchedForm | None:
         """A faster form of ``adapters``, all of this class and on one host, than one after the other; None if none."""

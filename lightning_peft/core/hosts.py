@@ -119,6 +119,8 @@ class Host:
     """Path of the bias that goes with the weight, from the module; empty where there is none."""
     bias_start: int = 0
     """Where this weight's ``layout.out_features`` entries begin in that bias."""
+    fresh: bool = False
+    """Whether the module returns a new tensor that nothing else reads, its own backward included."""
 
     @property
     def weight(self) -> Tensor:
@@ -157,6 +159,7 @@ class Weight:
     reads_weight: bool = False
     bias: str = ""
     bias_start: int = 0
+    fresh: bool = False
 
 
 @singledispatch
@@ -164,13 +167,16 @@ def weights_of(module: nn.Module) -> tuple[Weight, ...]:
     """The weights of ``module`` that can be adapted."""
     if (conv1d := hf_conv1d()) and isinstance(module, conv1d):
         size_in, size_out = module.get_parameter("weight").shape
-        return (Weight(TransposedLayout(size_out, size_in), bias="bias"),)
+        layout = TransposedLayout(size_out, size_in)
+        return (Weight(layout, bias="bias", fresh=type(module).forward is conv1d.forward),)
     return ()
 
 
 @weights_of.register
 def _(module: nn.Linear) -> tuple[Weight, ...]:
-    return (Weight(Layout(module.out_features, module.in_features), bias=_bias(module)),)
+    layout = Layout(module.out_features, module.in_features)
+    # A subclass may return anything, such as the output of an activation, which the activation's backward reads.
+    return (Weight(layout, bias=_bias(module), fresh=type(module).forward is nn.Linear.forward),)
 
 
 @weights_of.register
@@ -239,7 +245,15 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
                 claimed.add(id(module.get_submodule(owner)))
             name = ".".join(part for part in (path, weight.name) if part)
             yield Host(
-                name, path, module, weight.parameter, weight.layout, weight.reads_weight, weight.bias, weight.bias_start
+                name=name,
+                path=path,
+                module=module,
+                parameter=weight.parameter,
+                layout=weight.layout,
+                reads_weight=weight.reads_weight,
+                bias=weight.bias,
+                bias_start=weight.bias_start,
+                fresh=weight.fresh,
             )
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.core.names import is_wrapper, plain_name
@@ -154,9 +156,22 @@ class AdapterSlots(nn.Module):
         return args, kwargs
 
     def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        x, fresh = first_input(args, kwargs), self._is_first(host)
         for adapter in self._after:
-            output = adapter(first_input(args, kwargs), output)
+            if fresh and isinstance(adapter, OutputAdapter) and adapter.writes:
+                output = adapter.into(x, output)
+            else:  # what comes of it may be something that its backward reads
+                output, fresh = adapter(x, output), False
         return output
+
+    def _is_first(self, host: nn.Module) -> bool:
+        """Whether nobody has seen the host's output before the adapters do."""
+        return (
+            not torch.compiler.is_compiling()
+            and next(iter(host._forward_hooks.values()), None) == self.after
+            and not _global_forward_hooks
+            and "forward" not in vars(host)  # put around the module's own by another library
+        )
 
     def swap_in(self, host: nn.Module, args: tuple[Any, ...]) -> None:
         self.restore(host)  # torch's always_call does not cover KeyboardInterrupt

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, BatchedForm, OutputAdapter, WeightAdapter, adapter_dtype
+from lightning_peft.core.fused import plain_update, update_
 from lightning_peft.core.gate import Gate
 from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, Layout, TransposedLayout
 from lightning_peft.core.method import LayerMethod, Placement, is_number
@@ -208,14 +209,17 @@ class LoRAOutput(_Factors, OutputAdapter):
         super().__init__(host, r, scale)
         self.dropout = dropout
         self.gate = Gate(host.layout.in_features, self.lora_A) if gating else None
+        self.writes = host.fresh and not gating
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         scale = self.scale if self.gate is None else self.scale * self.gate(x)
-        if self.dropout and x.is_floating_point():
-            x = F.dropout(x, self.dropout, self.training)
-        # The small factors follow the dtype of the large tensors, never the other way round.
-        h = self.layout.down(x, self.lora_A.to(y.dtype))  # (..., r)
-        return y + self.layout.up(h * scale, self.lora_B.to(y.dtype))
+        return plain_update(self.layout, x, y, self.lora_A, self.lora_B, scale, self._dropout(x))
+
+    def into(self, x: Tensor, y: Tensor) -> Tensor:
+        return update_(self.layout, x, y, self.lora_A, self.lora_B, self.scale, self._dropout(x))
+
+    def _dropout(self, x: Tensor) -> float:
+        return self.dropout if self.training and x.is_floating_point() else 0.0
 
     @classmethod
     def batched(cls, adapters: Sequence["LoRAOutput"]) -> BatchedForm | None:
