@@ -176,7 +176,11 @@ class ScoredEntries(TunedEntries):
         if not self._scoring:
             return super().forward(weight, name)
         # In eval mode too: from_pretrained leaves a model in it, and a backward pass is a training step all the same.
-        return _observed(weight, self.values, self) if torch.is_grad_enabled() else weight
+        if not torch.is_grad_enabled():
+            return weight
+        # Not by a decorator, which would import torch's compiler with this module.
+        output: Tensor = torch.compiler.disable(_Observed.apply)(weight, self.values, self)
+        return output
 
     @torch.no_grad()
     def observe(self, weight: Tensor, gradient: Tensor) -> None:
@@ -213,12 +217,6 @@ class _Observed(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         ctx.adapter.observe(weight, gradient)
         return gradient if ctx.needs_input_grad[0] else None, torch.zeros_like(ctx.adapter.values), None
-
-
-@torch.compiler.disable
-def _observed(weight: Tensor, values: Tensor, adapter: ScoredEntries) -> Tensor:
-    output: Tensor = _Observed.apply(weight, values, adapter)
-    return output
 
 
 def _largest(score: Tensor, k: int) -> Tensor:
