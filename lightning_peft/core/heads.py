@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.slots import AdapterSlots
+from lightning_peft.core.slots import AdapterSlots, modules_outside
 
 
 def task_heads(model: nn.Module) -> list[str]:
@@ -39,7 +39,7 @@ def input_embeddings(model: nn.Module) -> list[nn.Module]:
 def pretrained_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The outermost transformers models, known by what every ``PreTrainedModel`` offers; nothing is imported."""
     found: list[str] = []
-    for path, module in model.named_modules():
+    for path, module in modules_outside(model):
         inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
         if not inside and hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings"):
             found.append(path)

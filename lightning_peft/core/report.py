@@ -101,16 +101,16 @@ def report(model: nn.Module) -> Report:
     left_out: list[tuple[str, str]] = []
     saved: set[str] = set()
     for prefix, owner, registry in registries(model):
+        kinds = {path: type(owner.get_submodule(path)).__name__ for path in registry.slots}
         for name, attachment in registry.attachments.items():
             for path, part, adapter in registry.parts(name):
                 parameters = list(adapter.parameters())
                 if not parameters:
                     continue  # it only hands on what another one needs
-                host = owner.get_submodule(path)
                 whole = isinstance(adapter, SavedParameters)
                 kind = "trained whole" if whole else type(attachment.method.planner_of(part)).__name__
                 trainable = sum(p.numel() for p in parameters if p.requires_grad)
-                hosts.append(HostRow(_join(prefix, path), type(host).__name__, name, kind, trainable))
+                hosts.append(HostRow(_join(prefix, path), kinds[path], name, kind, trainable))
             left_out += [(_join(prefix, path), reason) for path, reason in attachment.left_out]
             saved.update(_join(prefix, path) for path in attachment.saved)
     parameters = list(model.parameters())

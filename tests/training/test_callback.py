@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from project import BuiltInSetup, Project, build_network
 from snapshot import assert_identical
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
 from lightning_peft import LoRA, PEFTCallback
@@ -204,6 +205,24 @@ def test_an_adapter_without_gradient_is_an_error_after_the_first_backward(data, 
         trainer(peft).fit(model, data, data)
     assert model.steps == 1
     trainer(PEFTCallback(LoRA(r=4, exclude_modules=["spare"]), show=False)).fit(Unused(), data, data)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # torch's own hint of it
+def test_reentrant_checkpointing_of_a_frozen_base_is_an_error_and_the_other_kind_trains(data, trainer):
+    class Checkpointed(Project):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net[5](checkpoint(self.net[:5], x, use_reentrant=self.reentrant))
+
+    for reentrant in (True, False):
+        model = Checkpointed()
+        model.reentrant = reentrant
+        fitting = trainer(PEFTCallback(LoRA(r=4), show=False))
+        if reentrant:
+            with pytest.raises(GradientError, match=r"2 of its layers, first 'net\.0'.*does not depend"):
+                fitting.fit(model, data, data)
+        else:
+            fitting.fit(model, data, data)
+            assert model.net[0].peft.default.lora_B.abs().sum() > 0
 
 
 def test_in_manual_optimization_all_backwards_of_the_first_step_count(data, trainer, peft):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from project import OnPEFTModule, Project
+from project import OnPEFTModule, Project, build_network
 from snapshot import assert_identical
 from torch import Tensor, nn
 
@@ -71,3 +71,27 @@ def test_an_adapter_to_go_on_from_must_fit(kind, source, trainer, data, tmp_path
         trainer(PEFTCallback(None, show=False, init_from=paths[kind])).fit(OtherBase(), data, data)
     with pytest.raises(CheckpointError):
         trainer(PEFTCallback(None, show=False, init_from=tmp_path / "nowhere")).fit(Project(), data, data)
+
+
+def test_an_adapter_is_stacked_on_a_base_with_another_one_merged(tmp_path):
+    def stacked() -> nn.Module:
+        network = build_network().eval()
+        lp.inject(network, LoRA(r=4), "first")
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            for parameter in network.parameters():
+                if parameter.requires_grad:
+                    nn.init.normal_(parameter, std=0.1)
+        lp.merge(network, "first")
+        return network
+
+    network = stacked()
+    lp.inject(network, LoRA(r=2), "second")
+    nn.init.normal_(network[3].peft.second.lora_B)
+    lp.save_adapter(network, tmp_path / "second", "second")
+    x = torch.randn(4, 16)
+    again = stacked()
+    lp.load_adapter(again, tmp_path / "second", "second")
+    assert_identical(again(x), network(x))
+    with pytest.raises(BaseMismatchError, match=r"'0\.weight' differ"):
+        lp.load_adapter(build_network(), tmp_path / "second", "second")
