@@ -1,7 +1,7 @@
 """Bounds on what comes out of a file, so that going through it ends and takes no more memory than it should."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from lightning_peft.errors import CheckpointError
+from lightning_peft.errors import CheckpointError, PEFTError
 
 _DEPTH = 64
 _CONTAINERS = 200_000
 _BITS = 4096  # random generators have states of 128; Python refuses to print more than some 14,000
 _UNFOLDED = 2**26  # bytes of a tensor that repeats its own elements
 _SPARE = 2**16  # elements that a plan may create beside those of its adapters, such as positions
+
+_SIZED = frozenset({"expand", "repeat", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"})
+"""Of torch's functions of a tensor, those that are told a size; lists of others hold dimensions, or pieces of one."""
 
 
 def check_bounds(value: dict[Any, Any]) -> None:
@@ -49,7 +52,7 @@ def check_bounds(value: dict[Any, Any]) -> None:
 
 
 @contextmanager
-def no_larger_than(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]:
+def no_larger_than(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]:
     """Refuse, in the ``with`` block, to create adapters that are larger than those of a file.
 
     What a file says of its adapters need not be true of the tensors in it, and a rank of 10**9 would fill any memory
@@ -57,17 +60,36 @@ def no_larger_than(model: nn.Module, state: Mapping[str, Any]) -> Iterator[None]
 
     Args:
         model: the network that adapters are planned for; what is made of its parameters is as large as these.
-        state: the tensors of the file.
+        tensors: those of the file; what is no tensor counts nothing.
 
     Raises:
-        CheckpointError: a tensor, or all together, would be larger than ``state``.
+        CheckpointError: a tensor, or all together, would be larger than ``tensors``.
     """
-    held = sum(tensor.numel() for tensor in state.values() if isinstance(tensor, Tensor))
+    held = sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))
     largest = max(
         (tensor.numel() for tensor in model.state_dict(keep_vars=True).values() if _counted(tensor)), default=0
     )
     with _Allowance(one=max(held, largest) + _SPARE, together=4 * held + _SPARE):
         yield
+
+
+@contextmanager
+def told_as_damage() -> Iterator[None]:
+    """Say of whatever else goes wrong with what a file holds what it means to a user.
+
+    What a file can hold is without end; what is checked by itself is what deserves words of its own.
+
+    Raises:
+        CheckpointError: in place of any error that is not this library's.
+    """
+    try:
+        yield
+    except PEFTError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"The record or the tensors of this file are damaged ({type(error).__name__}: {error}). Use another copy."
+        ) from error
 
 
 class _Allowance(TorchDispatchMode):
@@ -82,7 +104,8 @@ class _Allowance(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         fresh = not any(isinstance(arg, Tensor) for arg in args)  # zeros, empty, randn, …
-        sizes = [math.prod(arg) for arg in args if isinstance(arg, (list, tuple)) and _whole(arg)]
+        sized = fresh or func.overloadpacket.__name__ in _SIZED
+        sizes = [math.prod(arg) for arg in args if sized and isinstance(arg, (list, tuple)) and _whole(arg)]
         if max(sizes, default=0) > self.one or (fresh and sum(sizes) > self.left):
             raise CheckpointError(
                 f"The adapters that the file describes need a tensor of {max(sizes)} elements, more than the file "

@@ -1,23 +1,23 @@
 """The adapter's part of a checkpoint: its tensors, and the record that lets it be attached and checked again."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.bounds import no_larger_than
+from lightning_peft.core.bounds import no_larger_than, told_as_damage
 from lightning_peft.core.fingerprint import check_base, check_own_base, fingerprint
 from lightning_peft.core.injection import Injection, inject, plan_injection, remove
 from lightning_peft.core.method import Method
 from lightning_peft.core.names import plain_name
+from lightning_peft.core.peft_format import check_finite
 from lightning_peft.core.registry import registries, registry_of
 from lightning_peft.core.saved import resolve_saved
 from lightning_peft.core.slots import CHILD
 from lightning_peft.core.transfer import OWN_NAME, load_own
-from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, PEFTError, did_you_mean
+from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, did_you_mean
 
 RECORD = "lightning_peft"
 """The key of a ``.ckpt`` under which the record lies."""
@@ -47,24 +47,7 @@ def record(model: nn.Module) -> dict[str, Any]:
     return {"version": VERSION, "adapters": adapters, "base": fingerprint(model)}
 
 
-@contextmanager
-def _told_as_damage() -> Iterator[None]:
-    """Say of whatever else goes wrong with a file's content what it means to a user.
-
-    What a file can hold is without end; what is checked below is what deserves words of its own.
-    """
-    try:
-        yield
-    except PEFTError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"The '{RECORD}' record or the tensors of this file are damaged ({type(error).__name__}: {error}). Use "
-            "another copy."
-        ) from error
-
-
-@_told_as_damage()
+@told_as_damage()
 def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -> None:
     """Attach what a record describes, or check that what is attached already is the same, and that ``state`` fits.
 
@@ -104,7 +87,7 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
     try:
         for (path, name), method in entries.items():
             if (path, name) not in attached:
-                with no_larger_than(model, state):
+                with no_larger_than(model, state.values()):
                     inject(modules[path], method, name)
                 added.append((modules[path], name))
         _check_state(model, state, recorded.get("base"))
@@ -116,7 +99,7 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
         raise
 
 
-@_told_as_damage()
+@told_as_damage()
 def prepare_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Tensor], name: str) -> Injection:
     """Plan to attach one adapter of a checkpoint as ``name``, filled, beside what ``model`` carries already.
 
@@ -134,7 +117,7 @@ def prepare_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Tensor
             f"{', '.join(map(repr, entries)) or 'none'}. Give the new one that name."
         )
     _check_mapping(state)
-    with no_larger_than(model, state):
+    with no_larger_than(model, state.values()):
         injection = plan_injection(model, entries[source], name)
     check_base(model, recorded.get("base"), injection.saved)
     own = re.compile(rf"(^|\.){CHILD}\.{re.escape(source)}(?=[.:])")
@@ -226,11 +209,8 @@ def _check_state(model: nn.Module, state: Mapping[str, Any], base: Any) -> None:
                 f"'{key}' is {found} in the file and must be {kind}: it was changed after it was saved, or belongs to "
                 "a base of another precision."
             )
-        if trained and there.is_floating_point() and not there.isfinite().all():
-            raise CheckpointError(
-                f"'{key}' holds NaN or infinite values: the training that wrote the file had diverged. Use an earlier "
-                "checkpoint."
-            )
+        if trained:
+            check_finite(key, there)
 
 
 def _kind(tensor: Tensor, exact: bool) -> str:

@@ -37,6 +37,8 @@ class PeftTensor:
     parts: tuple[Tensor, ...]
     dim: int = 0
     """The dimension along which the parts lie side by side."""
+    trained: bool = True
+    """Whether these are parameters, and no buffers."""
 
     @property
     def shape(self) -> list[int]:

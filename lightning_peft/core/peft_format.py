@@ -45,7 +45,9 @@ def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -
     if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
         return None
     saved = {
-        f"{placement.path}.{name}" if placement.path else name: PeftTensor((copy,))
+        f"{placement.path}.{name}" if placement.path else name: PeftTensor(
+            (copy,), trained=isinstance(copy, nn.Parameter)
+        )
         for placement in placements
         if isinstance(placement.adapter, SavedParameters)
         for name, copy in placement.adapter.copies().items()
@@ -121,11 +123,18 @@ def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
-def fill(form: PeftForm, tensors: Mapping[str, Tensor], model: nn.Module) -> None:
+def fill(form: PeftForm, tensors: Mapping[str, Tensor], model: nn.Module, exact: bool = True) -> None:
     """Put the tensors of a PEFT directory into the adapters of ``form``.
+
+    Args:
+        form: what is to be filled.
+        tensors: those of the file.
+        model: the network that peft would wrap.
+        exact: whether parameters have to have the very dtype of those of ``form``, as they do where we wrote them.
 
     Raises:
         AdapterKeyError: a tensor is missing, left over, or has another shape or kind; nothing is changed then.
+        CheckpointError: a parameter has values that are no numbers.
     """
     if missing := sorted(form.tensors.keys() - tensors.keys()):
         raise AdapterKeyError(
@@ -147,21 +156,48 @@ def fill(form: PeftForm, tensors: Mapping[str, Tensor], model: nn.Module) -> Non
                 "enlarged vocabulary, or another base). Put these into the base model first, and train there."
             )
     for key, tensor in form.tensors.items():
-        check_tensor(key, tensors[key], tensor.shape, tensor.parts[0])
+        check_tensor(key, tensors[key], tensor.shape, tensor.parts[0], tensor.trained, exact)
     for key, tensor in form.tensors.items():
         tensor.fill(tensors[key])
 
 
-def check_tensor(key: str, found: Tensor, shape: Sequence[int], like: Tensor) -> None:
+def check_tensor(
+    key: str, found: Tensor, shape: Sequence[int], like: Tensor, trained: bool, exact: bool = True
+) -> None:
     """Raise unless ``found`` has the shape of an adapter's tensor, and numbers of its kind.
+
+    Args:
+        key: its name in the file.
+        found: what the file holds.
+        shape: what it has to have there.
+        like: the adapter's tensor.
+        trained: whether that is a parameter; buffers have the precision of the base that was there.
+        exact: whether a parameter has to have the very dtype of ``like``.
 
     Raises:
         AdapterKeyError: it has not.
+        CheckpointError: a parameter has values that are no numbers.
     """
     if list(found.shape) != list(shape):
         raise AdapterKeyError(f"'{key}' is {list(found.shape)} in the file and must have shape {list(shape)}.")
-    if found.is_floating_point() != like.is_floating_point():
+    alike = found.is_floating_point() == like.is_floating_point()
+    if not alike or (exact and trained and found.dtype != like.dtype):
         raise AdapterKeyError(f"'{key}' is {found.dtype} in the file and must be {like.dtype}: it is damaged.")
+    if trained:
+        check_finite(key, found)
+
+
+def check_finite(key: str, found: Tensor) -> None:
+    """Raise if what is to become a parameter has values that are no numbers.
+
+    Raises:
+        CheckpointError: it has.
+    """
+    if found.is_floating_point() and not found.isfinite().all():
+        raise CheckpointError(
+            f"'{key}' holds NaN or infinite values: the training that wrote the file had diverged. Use an earlier "
+            "checkpoint."
+        )
 
 
 def wrapped(names: Iterable[str], model: nn.Module) -> list[str]:

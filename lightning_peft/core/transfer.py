@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.bounds import no_larger_than, told_as_damage
 from lightning_peft.core.directory import RECORD, Directory, read_directory, write_directory
 from lightning_peft.core.fingerprint import SAMPLES, base_tensors, compare, fingerprint
 from lightning_peft.core.heads import pretrained_models
@@ -104,9 +105,11 @@ def prepare(model: nn.Module, directory: Directory, name: str) -> Injection:
     Raises:
         PEFTError: see :func:`load_adapter`.
     """
-    if directory.record is None:
-        return _from_peft(model, directory, name)
-    return _from_record(model, directory, directory.record, name)
+    held = [*directory.tensors.values(), *(directory.trained or {}).values()]
+    with told_as_damage(), no_larger_than(model, held):
+        if directory.record is None:
+            return _from_peft(model, directory, name)
+        return _from_record(model, directory, directory.record, name)
 
 
 @torch.no_grad()
@@ -123,7 +126,7 @@ def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
             "(convolutions with dilation, groups or another padding, or attention weights). Merge the adapter with "
             "peft (merge_and_unload) and load the merged model."
         )
-    fill(form, tensors, network)
+    fill(form, tensors, network, exact=False)  # many are kept in 16 bits
     return injection
 
 
@@ -251,7 +254,7 @@ def _own(placements: Sequence[Placement]) -> dict[str, Tensor]:
     return {
         f"{_prefix(placement)}{key}": tensor
         for placement in placements
-        for key, tensor in placement.adapter.state_dict().items()
+        for key, tensor in placement.adapter.state_dict(keep_vars=True).items()
     }
 
 
@@ -270,7 +273,7 @@ def load_own(placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> 
             f"{did_you_mean(extra[0], wanted)}"
         )
     for key, tensor in wanted.items():
-        check_tensor(key, tensors[key], tensor.shape, tensor)
+        check_tensor(key, tensors[key], tensor.shape, tensor, isinstance(tensor, nn.Parameter))
     for placement in placements:
         prefix, state = _prefix(placement), placement.adapter.state_dict()
         placement.adapter.load_state_dict({key: tensors[prefix + key] for key in state})
