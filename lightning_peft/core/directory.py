@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.core import files
+from lightning_peft.core.bounds import told_as_damage
 from lightning_peft.core.method import Method
 from lightning_peft.core.peft_form import CONFIG
 from lightning_peft.errors import CheckpointError
@@ -45,6 +46,7 @@ class Directory:
     """Bytes of the files together."""
 
 
+@told_as_damage()
 def read_directory(path: str | Path) -> Directory:
     """Read an adapter directory; no pickled code is run.
 
@@ -65,7 +67,7 @@ def read_directory(path: str | Path) -> Directory:
         contents |= {name: files.read(path / name) for name in (CONFIG, TENSORS, TRAINED) if name in named}
         _check_seals(path, record, contents)
         _check_record(path, record)
-        method = Method.from_config(record["method"])
+        method = Method.from_config(record.get("method"))
     if TENSORS not in contents:
         raise CheckpointError(
             f"{path} has no {TENSORS}, but an adapter_model.bin: a pickle, which is never loaded. Let peft load the "

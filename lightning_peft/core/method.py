@@ -176,7 +176,7 @@ class Method(ABC):
         return [f.name for f in fields(cls)]  # type: ignore[arg-type]  # subclasses are dataclasses
 
     @staticmethod
-    def from_config(config: Mapping[str, Any]) -> "Method":
+    def from_config(config: Any) -> "Method":
         """Build the method that :meth:`to_config` described.
 
         Only names of known methods are looked up; a config cannot name any other class.
