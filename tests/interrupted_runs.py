@@ -1,7 +1,13 @@
 """A run that can be killed and resumed: what a process of its own does."""
 
+import os
+import resource
+import signal
+import sys
+import tempfile
+import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -28,14 +34,62 @@ def shuffled_data() -> ResumableDataLoader:
     return ResumableDataLoader(rows, batch_size=8, sampler=EpochRandomSampler(rows))
 
 
-def train(folder: Path, save_top_k: int, result: Path, ckpt_path: str | Path | None = None) -> None:
+class Kill(NamedTuple):
+    """When a process ends itself, with no chance to clean up."""
+
+    step: int
+    moment: str
+    """"time", "write" (in the middle of a file), or the name of an audit event on a file in the folder."""
+    after: float
+    """With "time", seconds since the step began; with "write", the share of the file that is written."""
+
+
+class Killed(L.Callback):
+    """Carries a :class:`Kill` out."""
+
+    def __init__(self, kill: Kill, folder: Path) -> None:
+        self.kill, self.folder = kill, folder
+        self.timer: threading.Timer | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.kill.step and self.kill.moment == "time":
+            self.timer = threading.Timer(self.kill.after, end)
+            self.timer.start()
+        elif trainer.global_step == self.kill.step:
+            sys.addaudithook(self.watch)
+
+    def watch(self, event: str, args: tuple[Any, ...]) -> None:
+        if event == self.kill.moment and str(args[0]).startswith(str(self.folder)):
+            end()
+        if event == "tempfile.mkstemp" and self.kill.moment == "write":
+            size = min(path.stat().st_size for path in self.folder.glob("*.ckpt"))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel ends a process that writes beyond the limit
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(size * self.kill.after),) * 2)
+
+    def on_fit_end(self, *_: Any) -> None:
+        if self.timer is not None:
+            self.timer.join()
+
+
+def end() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train(
+    folder: Path, save_top_k: int, result: Path, kill: Kill | None = None, ckpt_path: str | Path | None = None
+) -> None:
     """Train with a checkpoint at every step, and write the final state to ``result``."""
     torch.set_num_threads(1)
     torch.manual_seed(7)
+    tempfile.tempdir = str(folder.parent)  # where Lightning writes first; a killed run leaves it there
     model = Scheduled()
     every_step = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=save_top_k, save_last=True)
     trainer = L.Trainer(
-        callbacks=[PEFTCallback(LoRA(r=4, modules_to_save=["net.5"]), show=False), every_step],
+        callbacks=[
+            PEFTCallback(LoRA(r=4, modules_to_save=["net.5"]), show=False),
+            every_step,
+            *([Killed(kill, folder)] if kill else []),
+        ],
         accelerator="cpu",
         max_epochs=EPOCHS,
         logger=False,

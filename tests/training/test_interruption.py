@@ -1,10 +1,9 @@
-"""Runs that are killed (SIGKILL, no chance to clean up) and resumed from what lies on the disk."""
+"""Runs that are killed, with no chance to clean up, and resumed from what lies on the disk."""
 
 import multiprocessing
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import interrupted_runs
 import pytest
 import torch
+from interrupted_runs import Kill
 
 from lightning_peft import load_from_checkpoint
 from lightning_peft.core.checksum import checksum
@@ -50,38 +50,27 @@ def finished(process: BaseProcess, result: Path) -> str:
     return checksum(final)
 
 
-def kill_at(process: BaseProcess, step: int, folder: Path, delay: float) -> None:
-    """Kill a run ``delay`` seconds after the checkpoint of its step ``step`` has come up, and a last one."""
-    until = time.monotonic() + TIMEOUT
-    steps, last = -1, folder / "last.ckpt"
-    while steps < step or not last.exists():
-        steps = max((int(path.stem.removeprefix("step=")) for path in folder.glob("step=*.ckpt")), default=-1)
-        assert process.is_alive()
-        assert time.monotonic() < until
-    time.sleep(delay)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("save_top_k", [1, -1])
 def test_a_killed_run_leaves_a_whole_last_checkpoint_and_resumes_bit_equal(save_top_k, start, tmp_path):
     result = tmp_path / "final.pt"
     straight = finished(start(tmp_path / "straight", save_top_k, result), result)
-    chance, halves = random.Random(save_top_k), 0
+    chance = random.Random(save_top_k)
+    between = {"os.chmod", "open", "os.rename"}  # while a new file lies beside the one whose place it takes
+    moments = ["time", "write", *sorted(between), *(["os.remove"] if save_top_k == 1 else [])]
     for number in range(RUNS // 2):
-        folder = tmp_path / str(number)
-        process = start(folder, save_top_k, result)
-        kill_at(process, chance.randint(1, STEPS - 10), folder, delay=chance.uniform(0, 0.03))
-        halves += any(folder.glob(".*"))
+        folder, moment = tmp_path / str(number), moments[number % len(moments)]
+        after = chance.uniform(0, 0.03 if moment == "time" else 1)
+        process = start(folder, save_top_k, result, Kill(chance.randint(2, STEPS - 2), moment, after))
+        process.join(TIMEOUT)
+        assert process.exitcode == (-signal.SIGXFSZ if moment == "write" else -signal.SIGKILL)
+        assert moment == "time" or any(folder.glob(".*")) == (moment in between)
         for path in folder.glob("*.ckpt"):
             assert read_checkpoint(path)["global_step"] <= STEPS
         load_from_checkpoint(interrupted_runs.Scheduled, folder / "last.ckpt")
         shutil.copy(folder / "last.ckpt", tmp_path / "copy.ckpt")
         for ckpt_path in ("last", tmp_path / "copy.ckpt"):
-            result.unlink()
+            result.unlink(missing_ok=True)
             process = start(folder, save_top_k, result, ckpt_path=ckpt_path)
             assert finished(process, result) == straight, (number, ckpt_path)
             assert not any(folder.glob(".*"))  # what was half written was written over
-    assert halves  # some runs were killed in the middle of writing
