@@ -13,8 +13,9 @@ from lightning_peft.core.slots import CHILD, AdapterSlots, base_modules
 
 def freeze(model: nn.Module, registry: Registry) -> None:
     """Freeze ``model`` and note in ``registry`` how to undo it."""
-    registry.trained_before = frozenset(n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
-    for parameter in model.parameters():
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    registry.trained_before = frozenset(name for name, parameter in parameters.items() if parameter.requires_grad)
+    for parameter in parameters.values():
         parameter.requires_grad_(False)
     for _, module in base_modules(model):
         hold: _EvalForward | _PaddedForward | None = None

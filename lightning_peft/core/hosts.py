@@ -231,7 +231,7 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
     """
     claimed: set[int] = set()
     for path, module in base_modules(model):
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module._parameters.items():
             if isinstance(parameter, UninitializedParameter):
                 raise NotApplicableError(
                     f"{type(module).__name__} at '{path}' has no {name} yet (a lazy layer). "

@@ -82,7 +82,7 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
         host = model.get_submodule(placement.path)
         if CHILD not in host._modules:
             host.add_module(CHILD, AdapterSlots().train(host.training))
-        slots = registry.slots.setdefault(placement.path, host.get_submodule(CHILD))  # type: ignore[arg-type]
+        slots = registry.slots.setdefault(placement.path, host._modules[CHILD])  # type: ignore[arg-type]
         slots.add(slot_name(name, placement.part), placement.adapter.train(host.training), host)
         added.add(id(placement.adapter))
 

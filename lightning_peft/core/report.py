@@ -131,7 +131,8 @@ def _parts(model: nn.Module, adapted: set[str], saved: set[str]) -> Iterator[Par
     for name, child in children:
         part = _join(path, name)
         # Each parameter once: tied ones would count twice.
-        own = {id(p): p for _, module in base_modules(child) for p in module.parameters(recurse=False)}
+        modules = (module for _, module in base_modules(child))
+        own = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
         inside = [host for host in adapted if host == part or host.startswith(f"{part}.")]
         whole = any(part == top or part.startswith(f"{top}.") for top in saved)
         state = "trained whole" if whole else "frozen, adapted" if inside else "frozen"

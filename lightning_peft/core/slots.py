@@ -25,17 +25,19 @@ _NONE: _Kinds = ((), (), ())
 class AdapterSlots(nn.Module):
     """All adapters of one host, and the hooks through which the active ones act, in the order of activation."""
 
+    active: tuple[str, ...]
+    _handles: dict[type[Adapter], list[Any]]
+    _parts: dict[str, dict[str, Adapter]]  # by the adapter's name, and by part
+    _own: dict[str, _Kinds]  # the same, by what they act on
+    _before: tuple[InputAdapter, ...]
+    _after: tuple[Callable[[Any, Any], Any], ...]
+    _weights: tuple[WeightAdapter, ...]
+    _displaced: dict[str, tuple[Any, Any]]  # while the host runs: what weight adapters displaced, and what is there now
+
     def __init__(self) -> None:
         super().__init__()
-        self._handles: dict[type[Adapter], list[Any]] = {}
-        self.active: tuple[str, ...] = ()
-        self._parts: dict[str, dict[str, Adapter]] = {}  # by the adapter's name, and by part
-        self._own: dict[str, _Kinds] = {}  # the same, by what they act on
-        self._before: tuple[InputAdapter, ...] = ()
-        self._after: tuple[Callable[[Any, Any], Any], ...] = ()
-        self._weights: tuple[WeightAdapter, ...] = ()
-        # While the host runs: what the weight adapters displaced, and what is in its place.
-        self._displaced: dict[str, tuple[Any, Any]] = {}
+        # Not by assignment, which nn.Module makes slow, here as in :meth:`activate`: there is one for each layer.
+        vars(self).update(active=(), _handles={}, _parts={}, _own={}, _before=(), _after=(), _weights=(), _displaced={})
 
     def add(self, slot: str, adapter: Adapter, host: nn.Module) -> None:
         """Put ``adapter`` at ``slot``. It stays inactive until :meth:`activate`."""
@@ -84,7 +86,6 @@ class AdapterSlots(nn.Module):
     def activate(self, names: tuple[str, ...]) -> None:
         """Let exactly the adapters ``names`` act, in that order."""
         before, after, weights = self.of(*names)
-        # Not by assignment, which nn.Module makes slow: switching goes through all layers of a model.
         vars(self).update(active=names, _before=before, _after=after, _weights=weights)
 
     def train_parameters(self, modes: Mapping[str, bool]) -> None:
@@ -217,7 +218,7 @@ def _behind(adapter: Adapter) -> int:
 
 def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:
     """Yield ``(path, host, slots)`` for every host below ``model`` (itself included) that carries adapters."""
-    for path, module in model.named_modules():
+    for path, module in modules_outside(model):
         slots = module._modules.get(CHILD)
         if isinstance(slots, AdapterSlots):
             yield path, module, slots

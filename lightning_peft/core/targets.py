@@ -42,7 +42,7 @@ def select_hosts(
     whole: list[Host] = []
     for host in find_hosts(model):
         (whole if any(_within(host.name, path) for path in saved) else hosts).append(host)
-    roles = find_roles(hosts)
+    roles = {} if targets == ALL_LINEAR and exclude is None else find_roles(hosts)
     if targets == ALL_LINEAR:
         head = outside_base(model)
         chosen = {host.name for host in hosts if host.linear and not any(_within(host.name, path) for path in head)}
