@@ -105,8 +105,7 @@ def prepare(model: nn.Module, directory: Directory, name: str) -> Injection:
     Raises:
         PEFTError: see :func:`load_adapter`.
     """
-    held = [*directory.tensors.values(), *(directory.trained or {}).values()]
-    with told_as_damage(), no_larger_than(model, held):
+    with told_as_damage():
         if directory.record is None:
             return _from_peft(model, directory, name)
         return _from_record(model, directory, directory.record, name)
@@ -118,7 +117,8 @@ def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
         raise CheckpointError(f"{directory.path} has no {RECORD}, without which this method cannot be read.")
     root, network = _sole_network(model) or ("", model)
     method, tensors = from_files(directory.config, directory.tensors, network)
-    injection = plan_injection(model, method, name)
+    with no_larger_than(model, directory.tensors.values()):
+        injection = plan_injection(model, method, name)
     form = form_of(method, _seen_from(root, injection.placements), network)
     if form is None:
         raise CheckpointError(
@@ -142,7 +142,8 @@ def _from_record(model: nn.Module, directory: Directory, record: Mapping[str, An
     assert method is not None
     saved = record["modules_to_save"]
     compare(base_tensors(model, root, saved), _fingerprint(directory.path, record["base"]), model)
-    injection = _placed_alike(model, found, directory, record, method, name)
+    with no_larger_than(model, [*directory.tensors.values(), *(directory.trained or {}).values()]):
+        injection = _placed_alike(model, found, directory, record, method, name)
     placements = _seen_from(root, injection.placements)
     form = form_of(method, placements, network) if record["in_peft_format"] else None
     if (form is not None) != record["in_peft_format"]:

@@ -1,6 +1,7 @@
 """Time, memory, and what is kept for the backward."""
 
 import gc
+import os
 import random
 import statistics
 import time
@@ -62,6 +63,7 @@ def peak_bytes(step: Callable[[], object], device: str) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write of its own comings and goings
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -105,5 +105,5 @@ def build(name: str, shape: Shape, device: str, stack: ExitStack) -> Variant:
         model=model,
         call=call,
         example=shape.example(model, device),
-        optimizer=torch.optim.AdamW(parameters, lr=1e-5) if parameters else None,
+        optimizer=torch.optim.AdamW(parameters, lr=1e-5, fused=True) if parameters else None,
     )
