@@ -45,14 +45,13 @@ def update_(layout: Layout, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: f
     graph = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or a.requires_grad or b.requires_grad)
     # With A frozen, x is not to be kept, and without it the gradient of B could not be derived a second time.
     frozen = graph and b.requires_grad and not a.requires_grad
-    if _is_recorded() or frozen or not _fits(x, y, a, b, dropout):
+    if frozen or not can_write(x, y, a, b, dropout):
         return plain_update(layout, x, y, a, b, scale, dropout)
-    # From torch's stream of random numbers, which gradient checkpointing winds back before it computes again.
-    seed = int(torch.randint(2**62, (), device="cpu")) if dropout else 0
+    seed = draw_seed(dropout)
     if graph:
         updated: Tensor = _Update.apply(x, y, a, b, scale, dropout, seed)
         return updated
-    _add_(x, y, a, b, scale, dropout, seed)
+    add_(x, y, a, b, scale, dropout, seed)
     return y
 
 
@@ -64,7 +63,7 @@ class _Update(torch.autograd.Function):
         # Written through y, so that a backward that did keep y notices; returned through an alias: an output that is
         # an input would have to be marked dirty, and of a view (what a linear layer with a bias returns) torch would
         # then compute the gradient through a copy.
-        h = _add_(x, y, a, b, scale, dropout, seed)
+        h = add_(x, y, a, b, scale, dropout, seed)
         _, _, needs_a, needs_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(x if needs_a else None, a, b, h if needs_b else None)
         ctx.shape, ctx.dtype = x.shape, x.dtype
@@ -75,56 +74,106 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, h = ctx.saved_tensors
         needs_x, needs_y, needs_a, needs_b = ctx.needs_input_grad[:4]
-        rows, width = math.prod(ctx.shape[:-1]), ctx.shape[-1]
-        dy = grad.reshape(rows, -1)
-        mask = _mask((rows, width), grad, ctx.dropout, ctx.seed) if ctx.dropout and (needs_x or needs_a) else None
-        g = F.linear(dy, _up(b, ctx.scale, ctx.dropout, dy.dtype))  # (rows, r)
-        dx = da = db = None
-        if needs_x:
-            dx = g @ a.to(dy.dtype)
-            if mask is not None:
-                dx = dx * mask if torch.is_grad_enabled() else dx.mul_(mask)
-            dx = dx.to(ctx.dtype).view(ctx.shape)
-        if needs_a:
-            kept = _kept(x.reshape(rows, width).to(dy.dtype), mask)
-            da = (g.T @ kept).to(a.dtype)
-            if torch.is_grad_enabled():  # of what was kept, A x alone is no input: a second derivative needs it anew
-                h = F.linear(kept, a.to(dy.dtype))
-        if needs_b:
-            db = (h.T @ dy).to(b.dtype).T * _scale(ctx.scale, ctx.dropout)
+        mask = redrawn_mask(ctx.shape, grad, ctx.dropout, ctx.seed) if needs_x or needs_a else None
+        dx, da, db = gradients(
+            grad, x, a, b, h, mask, _scale(ctx.scale, ctx.dropout), ctx.shape, ctx.dtype, (needs_x, needs_a, needs_b)
+        )
         return dx, grad if needs_y else None, da, db, None, None, None
 
 
-def _add_(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, seed: int) -> Tensor:
+def gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    h: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, A and B through the update, those that are needed, from that of its output.
+
+    Args:
+        grad: that of the output, of any shape (..., out).
+        x: what the update was called with, where A needs a gradient.
+        a: (r, in).
+        b: (out, r).
+        h: A x of the features that were kept, (rows, r), where B needs a gradient.
+        mask: which features were kept, (rows, in); None for all.
+        scale: all that scales the update.
+        shape: of x.
+        dtype: of x.
+        needs: whether x, A and B need one.
+    """
+    rows, width = math.prod(shape[:-1]), shape[-1]
+    dy = grad.reshape(rows, -1)
+    g = F.linear(dy, _up(b, scale, dy.dtype))  # (rows, r)
+    dx = da = db = None
+    if needs[0]:
+        dx = g @ a.to(dy.dtype)
+        if mask is not None:
+            dx = dx * mask if torch.is_grad_enabled() else dx.mul_(mask)
+        dx = dx.to(dtype).view(shape)
+    if needs[1]:
+        assert x is not None
+        kept = _kept(x.reshape(rows, width).to(dy.dtype), mask)
+        da = (g.T @ kept).to(a.dtype)
+        if torch.is_grad_enabled():  # of what was kept, A x alone is no input: a second derivative needs it anew
+            h = F.linear(kept, a.to(dy.dtype))
+    if needs[2]:
+        assert h is not None
+        db = (h.T @ dy).to(b.dtype).T * scale
+    return dx, da, db
+
+
+def add_(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, dropout: float, seed: int) -> Tensor:
     """Write the update into ``y``; returns A x of the features that are not dropped: (rows, r)."""
     rows = y.numel() // y.shape[-1]
     kept = x.reshape(rows, -1).to(y.dtype)  # as autocast does for the host
-    if dropout:
-        kept = _kept(kept, _mask(kept.shape, y, dropout, seed))
+    kept = _kept(kept, redrawn_mask(kept.shape, y, dropout, seed))
     h = F.linear(kept, a.to(y.dtype))
-    y.view(rows, -1).addmm_(h, _up(b, scale, dropout, y.dtype))
+    y.view(rows, -1).addmm_(h, _up(b, _scale(scale, dropout), y.dtype))
     return h
 
 
-def _up(b: Tensor, scale: float, dropout: float, dtype: torch.dtype) -> Tensor:
+def draw_seed(dropout: float) -> int:
+    """A seed for the mask of dropout; 0 where there is none.
+
+    From torch's stream of random numbers, which gradient checkpointing winds back before it computes again.
+    """
+    return int(torch.randint(2**62, (), device="cpu")) if dropout else 0
+
+
+def redrawn_mask(shape: torch.Size, like: Tensor, dropout: float, seed: int) -> Tensor | None:
+    """Which features of x (..., in) dropout keeps, as (rows, in), the same for the same seed; None without dropout."""
+    if not dropout:
+        return None
+    generator = torch.Generator(like.device).manual_seed(seed)
+    size = math.prod(shape[:-1]), shape[-1]
+    return torch.empty(size, dtype=torch.bool, device=like.device).bernoulli_(1 - dropout, generator=generator)
+
+
+def can_write(x: Tensor, y: Tensor, a: Tensor, b: Tensor, dropout: float) -> bool:
+    """Whether an update can be written into ``y``: its dtype and kind fit, and torch is not recording operations."""
+    return not is_recorded() and _fits(x, y, a, b, dropout)
+
+
+def _up(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``B`` with all that scales the update, as (r, out): in this layout both products with it are fast on CPUs."""
-    return (b.T * _scale(scale, dropout)).to(dtype).contiguous()
+    return (b.T * scale).to(dtype).contiguous()
 
 
 def _scale(scale: float, dropout: float) -> float:
     return scale / (1 - dropout)
 
 
-def _mask(shape: tuple[int, ...], like: Tensor, dropout: float, seed: int) -> Tensor:
-    generator = torch.Generator(like.device).manual_seed(seed)
-    return torch.empty(shape, dtype=torch.bool, device=like.device).bernoulli_(1 - dropout, generator=generator)
-
-
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else x * mask
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether torch records operations, or runs them otherwise than one after the other on plain numbers."""
     return (
         torch.compiler.is_compiling()

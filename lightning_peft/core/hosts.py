@@ -42,6 +42,10 @@ class Layout:
         """Apply ``b`` (out, r) to what :meth:`down` made: (..., r) -> (..., out)."""
         return F.linear(h, b)
 
+    def channels(self, vector: Tensor) -> Tensor:
+        """Give ``vector`` (out,) the shape in which it multiplies the channels of the layer's output (or input)."""
+        return vector
+
 
 @dataclass(frozen=True)
 class TransposedLayout(Layout):
@@ -94,6 +98,9 @@ class ConvLayout(Layout):
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         return self._convolve(h, b.reshape(*b.shape, *[1] * len(self.kernel)), groups=self.groups)
+
+    def channels(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * len(self.kernel))
 
     def _convolve(self, *args: Any, **kwargs: Any) -> Tensor:
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]

@@ -48,6 +48,9 @@ class Method(ABC):
     """What only one method of a combination can bring, such as ``"prompt"``; empty for most."""
     peft_types: ClassVar[tuple[str, ...]] = ()
     """Each ``peft_type`` of the peft package whose files this method reads; none where peft has no such method."""
+    peft_marks: ClassVar[Mapping[str, Any]] = {}
+    """Fields of peft's config, with their values, that tell this method's files from others of the same type, such as
+    ``{"use_dora": True}``. Of several methods that fit a file, the one with the most marks reads it."""
 
     @property
     def starts_as_base(self) -> bool:

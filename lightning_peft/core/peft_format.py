@@ -94,7 +94,7 @@ def from_files(
         CheckpointError: the method, or a field of it, has no counterpart here.
     """
     kind = config.get("peft_type")
-    known = {name: method for method in registered_methods() for name in method.peft_types}
+    known = {name for method in registered_methods() for name in method.peft_types}
     if not isinstance(kind, str) or kind not in known:
         raise CheckpointError(
             f"{CONFIG}: peft_type={kind!r} has no counterpart here; known are {', '.join(sorted(known))}."
@@ -105,10 +105,24 @@ def from_files(
     state, tops = base_state(model), wrapped(names, model)
     whole = {key: top for top in tops for key in stripped if key in state and _inside(key, [top])}
     file = PeftFile(config=config, tensors={k: t for k, t in stripped.items() if k not in whole}, model=model)
-    method, read = known[kind].from_peft(file)
+    method, read = _reader(kind, config).from_peft(file)
     _check_targets(config, read, [*whole.values()], model)
     method = replace(method, modules_to_save=sorted({*whole.values()}) or None)  # type: ignore[type-var]
     return method, {**read, **{key: stripped[key] for key in whole}}
+
+
+def _reader(kind: str, config: Mapping[str, Any]) -> type[Method]:
+    """The method that a file of this type belongs to: the one with the most marks among those whose marks it has."""
+    # Compared with their types: to Python, 1 is True.
+    fitting = [
+        method
+        for method in registered_methods()
+        if kind in method.peft_types
+        and all((type(v), v) == (type(config.get(name)), config.get(name)) for name, v in method.peft_marks.items())
+    ]
+    if not fitting:
+        raise CheckpointError(f"{CONFIG}: no method here reads this kind of {kind} adapter.")
+    return max(fitting, key=lambda method: len(method.peft_marks))
 
 
 def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

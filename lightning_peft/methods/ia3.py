@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter, adapter_dtype
 from lightning_peft.core.blocks import find_blocks
-from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, Layout, TransposedLayout, find_hosts
+from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, TransposedLayout, find_hosts
 from lightning_peft.core.method import Placement, Plan, TargetedMethod
 from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, listed
 from lightning_peft.core.recipes import Recipe
@@ -184,7 +184,7 @@ class IA3Output(_Scaling, OutputAdapter):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         scale = _from(self.start, self.ia3_l).to(y.dtype)
-        return y * _channels(self.layout, scale)
+        return y * self.layout.channels(scale)
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight = parameters["weight"]
@@ -230,7 +230,7 @@ class IA3Input(_Scaling, InputAdapter):
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_input(args, kwargs)
-        return with_first_input(args, kwargs, x * _channels(self.layout, self.ia3_l.to(x.dtype)))
+        return with_first_input(args, kwargs, x * self.layout.channels(self.ia3_l.to(x.dtype)))
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight, scale = parameters["weight"], self.ia3_l.to(parameters["weight"].dtype)
@@ -261,8 +261,3 @@ def _ones(features: int, weight: Tensor) -> nn.Parameter:
 def _from(start: int, scale: Tensor) -> Tensor:
     """``scale`` behind ``start`` ones."""
     return F.pad(scale, (start, 0), value=1.0) if start else scale
-
-
-def _channels(layout: Layout, scale: Tensor) -> Tensor:
-    """``scale`` in the shape that multiplies the channels of the layer's input or output."""
-    return scale.view(-1, *[1] * len(layout.kernel)) if isinstance(layout, ConvLayout) else scale
