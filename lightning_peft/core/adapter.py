@@ -20,6 +20,8 @@ class Adapter(nn.Module):
 
     additive: bool = False
     """Whether it adds something that does not depend on what other adapters of its host have made of the output."""
+    reads_host: bool = False
+    """Whether what it computes depends on its host's own weights, so that others cannot be folded into them."""
     depth: int = 0
     """How near to the host it acts among several: the higher, the later before the host, and the sooner after it."""
     trains: frozenset[str] = frozenset()

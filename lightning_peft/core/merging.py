@@ -191,6 +191,8 @@ def _check_order(slots: AdapterSlots, name: str, adapter: Adapter) -> None:
 
 def _depends(adapter: Adapter, other: Adapter, first: bool) -> bool:
     """Whether folding ``adapter`` into the weights changes what it makes together with ``other`` (which acts first)."""
+    if other.reads_host:
+        return True
     if adapter.additive and other.additive:
         return False
     if isinstance(adapter, WeightAdapter) and isinstance(other, WeightAdapter):

@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _is_due(shape: Shape, device: str, quick: bool) -> bool:
-    if shape.device != device or (quick and not shape.quick):
+    if shape.device != device or (quick and not shape.quick) or shape.method != "LoRA":
         return False
     slow = device == "cpu" and shape.dtype == torch.bfloat16 and not _computes_in_bf16()
     if slow and "x1" not in shape.name:

@@ -6,14 +6,15 @@ from contextlib import ExitStack
 from .measuring import bytes_kept, interleaved, peak_bytes, ratio
 from .shapes import Shape
 from .table import mib, table
-from .variants import BUILDERS, COMPILED, build
+from .variants import BUILDERS, COMPILED, OF_ANY_METHOD, build
 
 HEAD = ("", "step ÷ floor", "step ÷ peft", "ms", "kept MiB", "peak MiB", "trainable", "adapter KiB")
 
 
 def measure(shape: Shape, device: str, compiled: bool, rounds: int) -> str:
     """The table of one shape."""
-    names = [*BUILDERS, COMPILED] if compiled else list(BUILDERS)
+    names = [name for name in BUILDERS if shape.method == "LoRA" or name in OF_ANY_METHOD]
+    names += [COMPILED] if compiled else []
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         variants = {name: build(name, shape, device, stack) for name in names}

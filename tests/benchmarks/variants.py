@@ -10,7 +10,8 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from lightning_peft import LoRA, inject
+import lightning_peft
+from lightning_peft import inject
 
 from .shapes import Shape
 
@@ -72,13 +73,18 @@ def _peft_without_casts(model: nn.Module, shape: Shape, stack: ExitStack) -> nn.
 def _by_peft(model: nn.Module, shape: Shape, **options: Any) -> nn.Module:
     task = "SEQ_CLS" if shape.labels else "CAUSAL_LM"
     config = peft.LoraConfig(
-        r=shape.r, lora_alpha=16, lora_dropout=shape.dropout, target_modules="all-linear", task_type=task
+        r=shape.r,
+        lora_alpha=16,
+        lora_dropout=shape.dropout,
+        target_modules="all-linear",
+        task_type=task,
+        use_dora=shape.method == "DoRA",
     )
     return peft.get_peft_model(model, config, **options)
 
 
 def _ours(model: nn.Module, shape: Shape, stack: ExitStack) -> nn.Module:
-    inject(model, LoRA(r=shape.r, alpha=16, dropout=shape.dropout))
+    inject(model, getattr(lightning_peft, shape.method)(r=shape.r, alpha=16, dropout=shape.dropout))
     return model
 
 
@@ -89,6 +95,8 @@ BUILDERS: dict[str, Callable[[nn.Module, Shape, ExitStack], nn.Module]] = {
     "peft, no casts": _peft_without_casts,
     "ours": _ours,
 }
+OF_ANY_METHOD = ("floor", "peft", "ours")
+"""Those that a table of another method than LoRA has."""
 COMPILED = "ours, compiled"
 
 

@@ -14,7 +14,7 @@ import torch
 from peft import TaskType
 from torch import Tensor, nn
 
-from lightning_peft import IA3, LoRA, PrefixTuning, PromptTuning, PTuning, inject
+from lightning_peft import IA3, DoRA, LoRA, PrefixTuning, PromptTuning, PTuning, inject
 from lightning_peft.core.slots import named_slots
 from lightning_peft.methods.p_tuning import EncodedPrompt
 from lightning_peft.methods.prefix_tuning import Prefix, Trunk
@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], TaskType]] = {
     "t5": (tiny_models.t5, TaskType.SEQ_2_SEQ_LM),
 }
 METHODS = (
-    "LoRA", "IA3", "PrefixTuning", "PrefixTuning-mlp", "PromptTuning", "PTuning-mlp", "PTuning-lstm"
+    "LoRA", "LoRA-dora", "IA3", "PrefixTuning", "PrefixTuning-mlp", "PromptTuning", "PTuning-mlp", "PTuning-lstm"
 )  # fmt: skip
 
 _LORA = {
@@ -63,9 +63,14 @@ def pair(method: str, model: str) -> tuple[nn.Module, Any]:
 
 
 def _lora(ours: nn.Module, theirs: nn.Module, model: str, task: TaskType, kind: str) -> tuple[nn.Module, Any]:
-    inject(ours, LoRA(r=3, alpha=5.0, modules_to_save=None, target_modules=_LORA[model]))
+    inject(ours, (DoRA if kind else LoRA)(r=3, alpha=5.0, modules_to_save=None, target_modules=_LORA[model]))
     config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=_LORA[model], task_type=task, fan_in_fan_out=model == "gpt2"
+        r=3,
+        lora_alpha=5,
+        target_modules=_LORA[model],
+        task_type=task,
+        fan_in_fan_out=model == "gpt2",
+        use_dora=bool(kind),
     )
     wrapped = peft.get_peft_model(theirs, config)
     layers = _layers(wrapped, peft.tuners.lora.LoraLayer)
@@ -73,6 +78,8 @@ def _lora(ours: nn.Module, theirs: nn.Module, model: str, task: TaskType, kind: 
         layer = layers.pop(path)
         _same(adapter.lora_A, layer.lora_A["default"].weight)
         _same(adapter.lora_B, layer.lora_B["default"].weight)
+        if kind:
+            _same(adapter.lora_magnitude_vector, layer.lora_magnitude_vector["default"].weight)
     assert not layers
     return ours, wrapped.eval()
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft import (
     IA3,
+    DoRA,
     LayerNormTuning,
     LoRA,
     Method,
@@ -107,6 +108,10 @@ def _ours(method: str, model: str) -> Method:
     targets, text = LINEARS[model], model != "vit"
     methods: dict[str, Callable[[], Method]] = {
         "LoRA": lambda: LoRA(r=3, alpha=5, dropout=0.1, target_modules=targets),
+        "DoRA": lambda: DoRA(r=3, alpha=5, dropout=0.1, target_modules=targets),
+        "DoRA-patterns": lambda: DoRA(
+            r=4, target_modules=[OTHERS[model], *targets], rank_pattern={targets[0]: 2}, alpha_pattern={r".*\.1\..*": 3}
+        ),
         "LoRA-rslora": lambda: LoRA(r=3, alpha=5.5, use_rslora=True, target_modules=targets),
         "LoRA-patterns": lambda: LoRA(
             r=4, target_modules=targets, rank_pattern={targets[0]: 2}, alpha_pattern={r".*\.1\..*": 3}
@@ -134,6 +139,10 @@ def _theirs(method: str, model: str) -> peft.PeftConfig:
         lora["modules_to_save"] = ["classifier"]
     configs: dict[str, Callable[[], peft.PeftConfig]] = {
         "LoRA": lambda: peft.LoraConfig(**lora),
+        "DoRA": lambda: peft.LoraConfig(**lora, use_dora=True),
+        "DoRA-patterns": lambda: peft.LoraConfig(
+            **{**lora, "target_modules": [OTHERS[model], *targets]}, rank_pattern={targets[0]: 2}, use_dora=True
+        ),
         "LoRA-rslora": lambda: peft.LoraConfig(**lora, use_rslora=True, init_lora_weights="gaussian"),
         "LoRA-patterns": lambda: peft.LoraConfig(
             **lora, rank_pattern={targets[0]: 2}, alpha_pattern={r".*\.1\..*": 3, rf"^.*{targets[1]}": 7}
@@ -163,7 +172,18 @@ def _theirs(method: str, model: str) -> peft.PeftConfig:
     return configs[method]()
 
 
-LAYERS = ["LoRA", "LoRA-rslora", "LoRA-patterns", "LoRA-other", "LoRA-alone", "IA3", "IA3-named", "LayerNorm"]
+LAYERS = [
+    "LoRA",
+    "DoRA",
+    "DoRA-patterns",
+    "LoRA-rslora",
+    "LoRA-patterns",
+    "LoRA-other",
+    "LoRA-alone",
+    "IA3",
+    "IA3-named",
+    "LayerNorm",
+]
 TOKENS = ["Prompt", "Prompt-alone", "PTuning-mlp", "PTuning-lstm", "Prefix", "Prefix-mlp"]
 OURS = [(method, model) for model in MODELS for method in LAYERS + (TOKENS if model != "vit" else [])]
 THEIR_LAYERS = [m for m in LAYERS if m not in ("LoRA-alone", "IA3-named")] + ["LoRA-regex", "LoRA-layers", "LoRA-all"]

@@ -17,6 +17,7 @@ from lightning_peft import (
     IA3,
     BitFit,
     BottleneckAdapter,
+    DoRA,
     LayerNormTuning,
     LoRA,
     Method,
@@ -84,7 +85,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
 }
 
 QV, GPT3_QV = ["query", "value"], ["q", "v"]
-DORA = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+QKVUD = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 PREFIX_MLP = {"prefix_projection": True, "encoder_hidden_size": 512}
 PEFT = "PEFT, MetaMathQA"  # its method comparison
 HUB = "AdapterHub"  # its formulas
@@ -95,14 +96,19 @@ PUBLISHED = [
     ("LoRA, table 2: 4.7M", "DeBERTa-v2-XXL", LoRA(r=16, target_modules=QV), 4_718_592, None),
     ("LoRA, table 4: 4.7M", "GPT-3, q and v", LoRA(r=1, target_modules=GPT3_QV), 4_718_592, None),
     ("LoRA, table 4: 37.7M", "GPT-3, q and v", LoRA(r=8, target_modules=GPT3_QV), 37_748_736, None),
-    ("DoRA, table 1: 0.83 %", "LLaMA-7B", LoRA(r=32, target_modules=DORA), 56_098_816, 0.826),
-    ("DoRA, table 1: 0.67 %", "LLaMA-13B", LoRA(r=32, target_modules=DORA), 87_818_240, 0.670),
-    ("DoRA, table 1: 0.70 %", "Llama-3-8B", LoRA(r=32, target_modules=DORA), 56_623_104, 0.700),
+    ("DoRA, table 1: 0.83 %", "LLaMA-7B", LoRA(r=32, target_modules=QKVUD), 56_098_816, 0.826),
+    ("DoRA, table 1: 0.67 %", "LLaMA-13B", LoRA(r=32, target_modules=QKVUD), 87_818_240, 0.670),
+    ("DoRA, table 1: 0.70 %", "Llama-3-8B", LoRA(r=32, target_modules=QKVUD), 56_623_104, 0.700),
+    ("DoRA, table 1: 0.84 %", "LLaMA-7B", DoRA(r=32, target_modules=QKVUD), 56_975_360, 0.838),
+    ("DoRA, table 1: 0.43 %", "LLaMA-7B", DoRA(r=16, target_modules=QKVUD), 28_925_952, 0.427),
+    ("DoRA, table 1: 0.68 %", "LLaMA-13B", DoRA(r=32, target_modules=QKVUD), 89_190_400, 0.681),
+    ("DoRA, table 1: 0.71 %", "Llama-3-8B", DoRA(r=32, target_modules=QKVUD), 57_409_536, 0.710),
     ("VeRA: 159.9M", "LLaMA-7B", LoRA(r=64), 159_907_840, None),
     ("VeRA: 250.3M", "LLaMA-13B", LoRA(r=64), 250_347_520, None),
     ("AdaLoRA, table 1: 1.33M", "DeBERTa-v3-base", LoRA(r=8, target_modules=["attention", "ffn"]), 1_327_104, None),
     ("AdaLoRA, table 1: 0.33M", "DeBERTa-v3-base", LoRA(r=2), 331_776, None),
     (PEFT, "Llama-3.2-3B", LoRA(r=32, target_modules=QV), 9_175_040, None),
+    (PEFT, "Llama-3.2-3B", DoRA(r=32, target_modules=["q_proj", "v_proj"]), 9_289_728, None),
     (PEFT, "Llama-3.2-3B", LoRA(r=10, target_modules="ffn"), 9_461_760, None),
     ("LoRA, table 4: 7.1M", "GPT-3", BottleneckAdapter(preset="houlsby", width=1), 7_078_080, None),
     ("LoRA, table 4: 40.1M", "GPT-3", BottleneckAdapter(preset="houlsby", width=8), 40_109_568, None),
