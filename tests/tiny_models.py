@@ -76,6 +76,28 @@ def gemma3(head: type = hf.Gemma3ForCausalLM, **fields: Any) -> nn.Module:
     return head(hf.Gemma3TextConfig(**{**SIZES, **TOKENS, **heads, **window, **fields}))
 
 
+def gemma2(head: type = hf.Gemma2ForCausalLM, **fields: Any) -> nn.Module:
+    """Squeezes its logits between -3 and 3."""
+    heads = {"num_key_value_heads": 1, "head_dim": 12, "query_pre_attn_scalar": 12, "final_logit_softcapping": 3.0}
+    return head(hf.Gemma2Config(**{**SIZES, **TOKENS, **heads, **fields}))
+
+
+def cohere(head: type = hf.CohereForCausalLM, **fields: Any) -> nn.Module:
+    """Multiplies its logits."""
+    return head(hf.CohereConfig(**{**SIZES, **TOKENS, "logit_scale": 0.3, **fields}))
+
+
+def granite(head: type = hf.GraniteForCausalLM, **fields: Any) -> nn.Module:
+    """Divides its logits."""
+    return head(hf.GraniteConfig(**{**SIZES, **TOKENS, "logits_scaling": 2.0, **fields}))
+
+
+def mixtral(head: type = hf.MixtralForCausalLM, **fields: Any) -> nn.Module:
+    """Two experts; with ``output_router_logits`` its loss says how unevenly they are used, too."""
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1}
+    return head(hf.MixtralConfig(**{**SIZES, **TOKENS, **experts, **fields}))
+
+
 def mistral(head: type = hf.MistralForCausalLM, **fields: Any) -> nn.Module:
     """Every layer sees the last four tokens alone."""
     return head(hf.MistralConfig(**{**SIZES, **TOKENS, "num_key_value_heads": 1, "sliding_window": 4, **fields}))

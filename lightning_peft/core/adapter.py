@@ -24,6 +24,9 @@ class Adapter(nn.Module):
     """Whether what it computes depends on its host's own weights, so that others cannot be folded into them."""
     depth: int = 0
     """How near to the host it acts among several: the higher, the later before the host, and the sooner after it."""
+    whole_rows: bool = False
+    """Whether what it does to one token depends on where a row of the batch begins or ends: a row must be one text.
+    A module inside an adapter may say so, too."""
     trains: frozenset[str] = frozenset()
     """Names of the parameters that train, noted when the adapter is attached; the others stay as they were made."""
 

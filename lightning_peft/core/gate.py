@@ -22,6 +22,8 @@ class Gate(nn.Module):
         batch_dim: the dimension of the input that counts the sequences.
     """
 
+    whole_rows = True
+
     def __init__(self, features: int, like: Tensor, batch_dim: int = 0) -> None:
         super().__init__()
         self.batch_dim = batch_dim

@@ -105,6 +105,8 @@ def _place_prompt(
 class PromptInput(InputAdapter):
     """Makes room for the virtual tokens in everything that the model is called with."""
 
+    whole_rows = True  # they stand before a row
+
     def __init__(self, prompt: nn.Module, size: int, pretrained: Any, vectors: Tap, lengths: Tap, room: Any) -> None:
         super().__init__()
         self.prompt, self.size, self.placeholder, self.room = prompt, size, _placeholder(pretrained), room

@@ -105,6 +105,12 @@ class AdapterSlots(nn.Module):
         before, after, weights = (tuple(chain(*kind)) for kind in zip(_NONE, *map(self.of, names), strict=True))
         return tuple(sorted(before, key=_before)), tuple(sorted(after, key=_behind)), weights
 
+    def needs_rows(self) -> bool:
+        """Whether anything that acts here has to see rows of a batch whole, each of them one text."""
+        acting: Any = (*self._before, *self._after, *self._weights)
+        routed = not all(isinstance(one, Adapter) for one in acting)
+        return routed or any(getattr(module, "whole_rows", False) for one in acting for module in one.modules())
+
     def parts(self, name: str) -> Mapping[str, Adapter]:
         """Every adapter ``name`` by part, those too that act on nothing by themselves."""
         return self._parts.get(name, {})
