@@ -1,8 +1,5 @@
 """Text classification with any ``AutoModelForSequenceClassification``."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, TypedDict
 
 import rich
@@ -16,6 +13,7 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError, DataError
 from lightning_peft.training.module import PEFTModule
+from lightning_peft.training.pretrained import check_dropout, load_pretrained, set_dropout
 
 
 class Prediction(TypedDict):
@@ -60,13 +58,12 @@ class TextClassifier(PEFTModule):
         super().__init__(lr, weight_decay, warmup, schedule)
         if num_labels < 2:
             raise ConfigError(f"TextClassifier: num_labels={num_labels} must be at least 2.")
-        if dropout is not None and not 0 <= dropout < 1:
-            raise ConfigError(f"TextClassifier: dropout={dropout} must be at least 0 and less than 1.")
+        check_dropout(type(self).__name__, dropout)
         self.save_hyperparameters()
-        self.model = _pretrained(model, num_labels)
-        for module in self.model.modules():
-            if isinstance(module, torch.nn.Dropout) and dropout is not None:
-                module.p = dropout
+        self.model: Any = load_pretrained(
+            "AutoModelForSequenceClassification", model, "to classify texts with", num_labels=num_labels
+        )
+        set_dropout(self.model, dropout)
         scores = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_labels, average="micro"),
@@ -162,48 +159,3 @@ def confusion_table(counts: Tensor, names: list[str]) -> Table:
     for name, row in zip(names, counts.tolist(), strict=True):
         table.add_row(name, *map(str, row))
     return table
-
-
-def _pretrained(model: str, num_labels: int) -> Any:
-    from transformers import AutoModelForSequenceClassification  # slow to import, and only needed here
-
-    try:
-        with _quiet():
-            network, info = AutoModelForSequenceClassification.from_pretrained(
-                model, num_labels=num_labels, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"There is no model to classify texts with at {model!r}: {str(error).strip().splitlines()[0]} "
-            "Give a folder with config.json and weights, or a model name on the hub. (The demo's is fetched by "
-            "`python examples/assets.py`.)"
-        ) from error
-    base = f"{network.base_model_prefix}."
-    if fresh := sorted(key for key in info["missing_keys"] if key.startswith(base)):
-        warnings.warn(
-            f"{len(fresh)} tensors of the base are not in {model!r} and start at random, first '{fresh[0]}'. An "
-            "adapter checkpoint would not hold them: add their modules to modules_to_save.",
-            stacklevel=3,
-        )
-    config = network.config.get_text_config()
-    if config.pad_token_id is None:  # GPT-2, Llama: the data module pads with the end-of-text token, too
-        ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
-    # transformers returns models in eval mode and Lightning keeps the mode it finds: dropout would stay off.
-    return network.train()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting the new head, which is expected, and from drawing a progress bar."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
