@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import yaml
+from echo_texts import save_model
 from project import OnPEFTModule, Project
 from snapshot import assert_identical
 
 from lightning_peft import load_from_checkpoint
 from lightning_peft.cli import PEFTCLI, main
+from lightning_peft.training.causal_lm import CausalLM
 from lightning_peft.training.classification import TextClassifier
+from lightning_peft.training.seq2seq import Seq2SeqLM
 
 ROOT = Path(__file__).parents[1]
 
@@ -142,6 +146,26 @@ def test_the_optimizer_of_the_command_line_holds_exactly_what_trains(config):
     assert held == {id(p) for p in cli.model.parameters() if p.requires_grad}
     assert len(held) > 0
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)  # StepLR, after an epoch
+
+
+@pytest.mark.parametrize("task", [CausalLM, Seq2SeqLM])
+def test_language_models_are_trained_and_write_by_command(task, tmp_path, capsys):
+    build, kind = {CausalLM: (tiny_models.llama, "causal"), Seq2SeqLM: (tiny_models.t5, "seq2seq")}[task]
+    folder = save_model(tmp_path / "model", build)
+    common = ["--model", task.__name__, "--model.model", folder, "--data", "echo_texts.Echo", "--data.kind", kind]
+    common += ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    common += ["--trainer.enable_checkpointing", "false", "--trainer.log_every_n_steps", 1, "--seed_everything", 0]
+    fitted = run("fit", *common, "--model.max_new_tokens", 3, "--peft.method.r", 2, "--trainer.max_epochs", 1)
+    fitted.trainer.save_checkpoint(tmp_path / "task.ckpt")
+    assert "Samples" in capsys.readouterr().out
+    loaded = task.load_from_checkpoint(tmp_path / "task.ckpt")
+    assert loaded.max_new_tokens == 3
+    for key, tensor in fitted.model.state_dict().items():
+        assert_identical(loaded.state_dict()[key], tensor, key)
+    # The model's arguments come from the file.
+    written = run("predict", *common, "--ckpt_path", tmp_path / "task.ckpt")
+    assert "20 of 32 predictions" in capsys.readouterr().out
+    assert written.model.max_new_tokens == 3
 
 
 def test_resuming_by_command_continues(config, tmp_path):
