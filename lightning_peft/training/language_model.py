@@ -20,9 +20,10 @@ from lightning_peft.training.module import PEFTModule
 from lightning_peft.training.pretrained import check_dropout, checkpoint_layers, load_pretrained, set_dropout
 from lightning_peft.training.token_loss import (
     IGNORED,
+    LossForm,
     chunked_cross_entropy,
     count_tokens,
-    ends_with_head,
+    loss_form,
     splits_by_token,
     transparent,
 )
@@ -97,7 +98,7 @@ class LanguageModel(PEFTModule):
             checkpoint_layers(self.model)
         self.val_scores, self.test_scores = TokenScores(), TokenScores()
         self._tokenizer: Any = None
-        self._plain: bool | None = None  # whether the loss can be computed without logits, once that is known
+        self._known_form: LossForm | None = None
         self._shown: list[tuple[Tensor, Tensor]] = []  # prompts to write on from, and what should come of them
 
     @abstractmethod
@@ -134,10 +135,10 @@ class LanguageModel(PEFTModule):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         inputs, labels, goals = self.read(batch)
-        if self._in_chunks():
-            loss = chunked_cross_entropy(*self._hidden(inputs), goals)
-        else:
+        if self._form() == "own":
             loss = self.model(**inputs, labels=labels, use_cache=False).loss
+        else:
+            loss = chunked_cross_entropy(*self._hidden(inputs), goals)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -192,17 +193,17 @@ class LanguageModel(PEFTModule):
         texts: list[str] = self._tokenizer.batch_decode(self.written(sequences, input_ids), skip_special_tokens=True)
         return texts
 
-    def _in_chunks(self) -> bool:
-        """Whether the head can be run on a few tokens at a time, and its cross-entropy is the loss."""
-        if self._plain is None:
-            self._plain = ends_with_head(self.model, self.shifted)
-        return self._plain and splits_by_token(self.model.get_output_embeddings())
+    def _form(self) -> LossForm:
+        if self._known_form is None:
+            self._known_form = loss_form(self.model, self.shifted)
+        return self._known_form
 
     def _hidden(self, inputs: dict[str, Tensor]) -> tuple[nn.Module, Tensor]:
         """What is left to be run for the logits, and what to run it on."""
-        if not self._in_chunks():
+        head = self.model.get_output_embeddings()
+        if self._form() != "chunks" or not splits_by_token(head):
             return nn.Identity(), self.model(**inputs, use_cache=False).logits
-        with transparent(head := self.model.get_output_embeddings()):
+        with transparent(head):
             return head, self.model(**inputs, use_cache=False).logits
 
     def _score(self, batch: dict[str, Any], scores: "TokenScores") -> None:

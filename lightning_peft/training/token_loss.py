@@ -6,7 +6,7 @@ away, for one) happens to these. Then the head is run on a few tokens at a time,
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,10 @@ from lightning_peft.core.slots import CHILD
 IGNORED = -100  # the label that says nothing, as in transformers
 _PARTS = 16  # at most a sixteenth of the logits is there at a time,
 _LEAST = 64  # but not for fewer tokens than this: reading the head's weight would take longer than using it
+
+LossForm = Literal["chunks", "logits", "own"]
+"""The cross-entropy of what the head puts out, computed in chunks; that of the logits, which are something else; or the
+model's own loss, which is more than that."""
 
 
 def next_tokens(labels: Tensor) -> Tensor:
@@ -94,19 +98,21 @@ def transparent(head: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def ends_with_head(model: Any, shifted: bool) -> bool:
-    """Whether a transformers language model puts out what its head does and nothing more, and its loss is the usual.
+def loss_form(model: Any, shifted: bool) -> LossForm:
+    """How to come by the loss of a transformers language model.
 
-    Some soften or scale what comes from the head, or add to the loss. A head that puts out a tensor of our own for a
-    few tokens tells: does the model put out that very tensor, and is the loss that of these logits?
+    Some soften or scale what comes from the head, some add to the loss, and some want labels that are shifted already.
+    A head that puts out a tensor of our own for a few tokens tells: does the model put out that very tensor, and what
+    is the loss of these logits?
 
     Args:
         model: the model; its modes and its hooks are left as they were, and no random number is drawn.
-        shifted: whether a token's label is the one after it (and not that of a decoder).
+        shifted: whether a token is to predict the label after its own (and not that in its place, as in a decoder that
+            reads other tokens than the labels).
     """
     head = model.get_output_embeddings()
     if head is None:
-        return False
+        return "logits"
     ids = torch.arange(1, 5, device=next(model.parameters()).device)[None]
     answers: list[Tensor] = []
 
@@ -125,11 +131,12 @@ def ends_with_head(model: Any, shifted: bool) -> bool:
         handle.remove()
         for module, mode in modes:
             module.training = mode
-    if len(answers) != 1 or output.logits is not answers[0]:
-        return False
-    labels = next_tokens(ids) if shifted else ids
-    expected = F.cross_entropy(output.logits[0].float(), labels[0])
-    return bool(torch.isclose(output.loss.float(), expected, rtol=1e-5))
+    # Where the loss does not shift the labels it is not ours, which are the tokens themselves; but it is nothing else.
+    known = [ids] if not shifted else [next_tokens(ids), ids]
+    expected = [F.cross_entropy(output.logits[0].float(), labels[0]) for labels in known]
+    if not any(torch.isclose(output.loss.float(), loss, rtol=1e-5) for loss in expected):
+        return "own"
+    return "chunks" if len(answers) == 1 and output.logits is answers[0] else "logits"
 
 
 def splits_by_token(head: nn.Module) -> bool:

@@ -1,6 +1,7 @@
 """Training decoders to go on from prompts, with real Trainers, on tiny real models and tokenizers on disk."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,18 @@ def test_every_method_trains_and_writes_the_same_with_and_without_a_cache(name, 
     assert written.shape[1] == ids["input_ids"].shape[1] + 5
 
 
-@pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gpt2, tiny_models.gemma2, tiny_models.granite])
+FORMS = {
+    tiny_models.llama: "chunks",
+    tiny_models.gpt2: "chunks",
+    tiny_models.gemma2: "logits",
+    tiny_models.granite: "logits",
+    partial(tiny_models.mixtral, output_router_logits=True): "own",
+}
+
+
+@pytest.mark.parametrize("build", FORMS)
 @pytest.mark.parametrize("method", [LoRA(r=2), PromptTuning(num_virtual_tokens=3)])
 def test_the_loss_of_a_run_and_its_scores_are_those_of_the_logits(build, method, trainer, tmp_path):
-    """Whether the model's head is its last layer (Llama, GPT-2) or not."""
     module, data = CausalLM(save_model(tmp_path / "model", build), samples=0, dropout=0.0), Echo()
     inject(module, method)
     perturbation.perturb(module)
@@ -97,6 +106,7 @@ def test_the_loss_of_a_run_and_its_scores_are_those_of_the_logits(build, method,
     expected = module.model(**batch).loss
     fitting.fit(module, data)
     torch.testing.assert_close(fitting.callback_metrics["train_loss"], expected, rtol=1e-5, atol=0)
+    assert module._form() == FORMS[build]
 
     module.eval()
     whole = data.causal(data.rows)

@@ -21,7 +21,7 @@ from lightning_peft.errors import NotApplicableError
 from lightning_peft.training.token_loss import (
     chunked_cross_entropy,
     count_tokens,
-    ends_with_head,
+    loss_form,
     next_tokens,
     splits_by_token,
     transparent,
@@ -35,30 +35,23 @@ CAUSAL = [
     tiny_models.gemma3,
     tiny_models.mistral,
     tiny_models.mixtral,
+    lambda: tiny_models.gemma2(final_logit_softcapping=None),
+    lambda: tiny_models.bart(hf.BartForCausalLM),  # its own loss does not shift
 ]
-PLAIN = [
-    *((build, True) for build in CAUSAL),
-    (tiny_models.t5, False),
-    (lambda: tiny_models.gemma2(final_logit_softcapping=None), True),
-]
-OTHERWISE = [
-    (tiny_models.gemma2, True),
-    (tiny_models.cohere, True),
-    (tiny_models.granite, True),
-    (lambda: tiny_models.mixtral(output_router_logits=True), True),
-    (tiny_models.bart, False),  # has a bias behind its head
-    (lambda: tiny_models.llama(hf.LlamaModel), True),  # has no head
+FORMS = [
+    *((build, True, "chunks") for build in CAUSAL),
+    (tiny_models.t5, False, "chunks"),
+    (tiny_models.gemma2, True, "logits"),
+    (tiny_models.cohere, True, "logits"),
+    (tiny_models.granite, True, "logits"),
+    (tiny_models.bart, False, "logits"),  # has a bias behind its head
+    (lambda: tiny_models.mixtral(output_router_logits=True), True, "own"),
 ]
 
 
-@pytest.mark.parametrize(("build", "shifted"), PLAIN)
-def test_most_models_end_with_their_head(build: Callable[[], Any], shifted: bool) -> None:
-    assert ends_with_head(build(), shifted)
-
-
-@pytest.mark.parametrize(("build", "shifted"), OTHERWISE)
-def test_models_that_go_on_behind_it_are_told(build: Callable[[], Any], shifted: bool) -> None:
-    assert not ends_with_head(build(), shifted)
+@pytest.mark.parametrize(("build", "shifted", "form"), FORMS)
+def test_what_stands_between_the_head_and_the_loss_is_found(build: Callable[[], Any], shifted: bool, form: str) -> None:
+    assert loss_form(build(), shifted) == form
 
 
 @pytest.mark.parametrize("method", [None, PromptTuning(num_virtual_tokens=3), LoRA(target_modules=["lm_head"])])
@@ -69,7 +62,7 @@ def test_asking_changes_neither_the_model_nor_a_random_number(method: Method | N
         inject(model, method)
     before, random = Snapshot(model), torch.get_rng_state()
     modes = [module.training for module in model.modules()]
-    assert ends_with_head(model, shifted=True)
+    assert loss_form(model, shifted=True) == "chunks"
     before.assert_same(model)
     assert modes == [module.training for module in model.modules()]
     assert torch.equal(random, torch.get_rng_state())
