@@ -81,9 +81,11 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
     for placement in injection.placements:
         host = model.get_submodule(placement.path)
         if CHILD not in host._modules:
-            host.add_module(CHILD, AdapterSlots().train(host.training))
+            host.add_module(CHILD, AdapterSlots())
         slots = registry.slots.setdefault(placement.path, host._modules[CHILD])  # type: ignore[arg-type]
-        slots.add(slot_name(name, placement.part), placement.adapter.train(host.training), host)
+        slots.add(slot_name(name, placement.part), placement.adapter, host)
+        if not host.training or not placement.adapter.training:
+            slots.train(host.training)
         added.add(id(placement.adapter))
 
     registry.attachments[name] = Attachment(

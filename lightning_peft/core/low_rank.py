@@ -228,12 +228,13 @@ _INITS: tuple[Any, ...] = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def _factors(host: Host, r: int) -> tuple[nn.Parameter, nn.Parameter]:
-    weight = host.weight
-    dtype = adapter_dtype(weight)
-    a = nn.Parameter(torch.zeros(r, host.layout.in_features, device=weight.device, dtype=dtype))
-    b = nn.Parameter(torch.zeros(host.layout.out_features, r, device=weight.device, dtype=dtype))
-    if isinstance(host.layout, EmbeddingLayout):
-        nn.init.normal_(b)  # a row of A belongs to one token: starting from zero, each moves when it is first seen
+    layout = host.layout
+    like: Any = {"device": host.weight.device, "dtype": adapter_dtype(host.weight)}
+    if isinstance(layout, EmbeddingLayout):
+        # A row of A belongs to one token: starting from zero, each moves when it is first seen.
+        a, b = torch.zeros(r, layout.in_features, **like), torch.empty(layout.out_features, r, **like).normal_()
     else:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-    return a, b
+        bound = 1 / math.sqrt(layout.in_features)  # Kaiming's for uniform numbers, with the paper's a = sqrt(5)
+        a = torch.empty(r, layout.in_features, **like).uniform_(-bound, bound)
+        b = torch.zeros(layout.out_features, r, **like)
+    return nn.Parameter(a), nn.Parameter(b)
