@@ -103,6 +103,8 @@ class OutputAdapter(Adapter):
 
     writes: bool = False
     """Whether it has an :meth:`into`, and the host's output is a new tensor that the host's backward does not read."""
+    keeps: bool = False
+    """Whether the backward of :meth:`into` reads the output, so that no other adapter may write into it."""
 
     def into(self, x: Any, y: Any) -> Any:
         """What ``forward`` computes, written into ``y``, which nothing else reads."""

@@ -20,6 +20,11 @@ def position_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in base_modules(model) if _is_table(path, module) or _is_rotary(module)]
 
 
+def has_rotary_positions(model: nn.Module) -> bool:
+    """Whether ``model`` turns queries and keys by their positions."""
+    return any(_is_rotary(module) for _, module in base_modules(model))
+
+
 def positions_above(model: nn.Module, path: str) -> list[str]:
     """Paths of the modules that number the tokens for the block at ``path``.
 

@@ -166,7 +166,7 @@ class AdapterSlots(nn.Module):
         x, fresh = first_input(args, kwargs), self._is_first(host)
         for adapter in self._after:
             if fresh and isinstance(adapter, OutputAdapter) and adapter.writes:
-                output = adapter.into(x, output)
+                output, fresh = adapter.into(x, output), not adapter.keeps
             else:  # what comes of it may be something that its backward reads
                 output, fresh = adapter(x, output), False
         return output

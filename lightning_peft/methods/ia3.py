@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter, adapter_dtype
 from lightning_peft.core.blocks import find_blocks
+from lightning_peft.core.fused_scale import scale_
 from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, TransposedLayout, find_hosts
 from lightning_peft.core.method import Placement, Plan, TargetedMethod
 from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, listed
+from lightning_peft.core.positions import has_rotary_positions
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.roles import find_roles
 from lightning_peft.core.targets import each_pattern, match_names, narrow, select_hosts
@@ -85,8 +87,15 @@ class IA3(TargetedMethod):
                     f"one of feedforward_modules={pattern!r}: name it in target_modules too."
                 )
         scaled_inputs = _named(model, feedforward)
+        # What reads these writes into none. Kernels that rotate do, into queries and keys, and torch need not notice.
+        kept = roles["value"] | (set() if has_rotary_positions(model) else roles["key"] | roles["fused"])
         return Plan(
-            [Placement(h.path, self._build(h, h.name in scaled_inputs, queries.get(h.name, 0)), h.part) for h in chosen]
+            [
+                Placement(
+                    h.path, self._build(h, h.name in scaled_inputs, queries.get(h.name, 0), h.name in kept), h.part
+                )
+                for h in chosen
+            ]
         )
 
     def pointed_at(self, paths: Sequence[str]) -> "IA3":
@@ -128,7 +137,7 @@ class IA3(TargetedMethod):
         )
         return method, file.tensors
 
-    def _build(self, host: Host, scales_input: bool, start: int) -> Adapter:
+    def _build(self, host: Host, scales_input: bool, start: int, kept: bool) -> Adapter:
         if scales_input:
             if host.reads_weight or isinstance(host.layout, EmbeddingLayout):
                 raise NotApplicableError(
@@ -136,7 +145,7 @@ class IA3(TargetedMethod):
                     "Take it out of feedforward_modules."
                 )
             return IA3Input(host)
-        return IA3Weight(host, start) if host.reads_weight else IA3Output(host, start)
+        return IA3Weight(host, start) if host.reads_weight else IA3Output(host, start, kept)
 
 
 def _feedforward(names: list[str], among: list[str]) -> list[str] | str:
@@ -175,16 +184,22 @@ class _Scaling(Adapter):
 
 
 class IA3Output(_Scaling, OutputAdapter):
-    """Rescales the features of the host's output from ``start`` on."""
+    """Rescales the features of the host's output from ``start`` on; ``kept`` if nothing writes into it afterwards."""
 
-    def __init__(self, host: Host, start: int) -> None:
+    keeps = True
+
+    def __init__(self, host: Host, start: int, kept: bool) -> None:
         super().__init__()
+        self.writes = host.fresh and kept
         self.layout, self.start, self.bias = host.layout, start, host.bias
         self.ia3_l = _ones(host.layout.out_features - start, host.weight)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         scale = _from(self.start, self.ia3_l).to(y.dtype)
         return y * self.layout.channels(scale)
+
+    def into(self, x: Tensor, y: Tensor) -> Tensor:
+        return scale_(y, self.ia3_l)
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weight = parameters["weight"]
