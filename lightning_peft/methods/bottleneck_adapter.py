@@ -241,10 +241,10 @@ class Bottleneck(nn.Module):
         h = _NONLINEARITIES[self.nonlinearity](_linear(self.down, z))
         if self.dropout:
             h = F.dropout(h, self.dropout, self.training)
-        out = _linear(self.up, h)
-        if self.norm_after is not None:
-            out = _norm(self.norm_after, out)
-        out = out * (self.scale.to(out.dtype) if isinstance(self.scale, Tensor) else self.scale)
+        if self.norm_after is None:
+            out = _linear(self.up, h, self.scale)
+        else:
+            out = _norm(self.norm_after, _linear(self.up, h), self.scale)
         return out if self.gate is None else out * self.gate(entered)
 
 
@@ -299,13 +299,20 @@ def _batch_dim(block: nn.Module) -> int:
     return int(any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in block.modules()))
 
 
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+def _linear(layer: nn.Linear, x: Tensor, scale: Any = 1.0) -> Tensor:
+    """``scale`` times the layer's output, which is as large as the stream: learned, it goes into the small weight."""
+    weight: Tensor = layer.weight
+    bias: Tensor = layer.bias
+    if isinstance(scale, Tensor):
+        weight, bias, scale = weight * scale[:, None], bias * scale, 1.0
     # The small factors follow the dtype of the large tensors, never the other way round.
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    out = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+    return out if scale == 1 else out * scale
 
 
-def _norm(layer: nn.LayerNorm, x: Tensor) -> Tensor:
-    return F.layer_norm(x, layer.normalized_shape, layer.weight.to(x.dtype), layer.bias.to(x.dtype), layer.eps)
+def _norm(layer: nn.LayerNorm, x: Tensor, scale: Any = 1.0) -> Tensor:
+    weight, bias = ((p * scale).to(x.dtype) for p in (layer.weight, layer.bias))
+    return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
 
 
 def _houlsby(down: nn.Linear, up: nn.Linear) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.measuring import bytes_kept
 from torch import Tensor, nn
 
 from lightning_peft import BottleneckAdapter, inject
@@ -166,3 +167,13 @@ def test_the_initialisation_is_the_one_that_is_named(init: Any) -> None:
     for layer in (b.down, b.up):
         torch.testing.assert_close(layer.weight.std(), torch.tensor(std), rtol=0.05, atol=0)
         assert layer.weight.abs().max() <= end
+
+
+@pytest.mark.parametrize("scale", ["learned", "channel"])
+def test_for_a_learned_scale_nothing_as_large_as_the_stream_is_kept(scale: str) -> None:
+    width, bottleneck, kept = 16, 4, {}
+    for each in (1.0, scale):
+        model = nn.Sequential(nn.Linear(width, width))
+        inject(model, BottleneckAdapter(target_modules=["0"], width=bottleneck, scale=each))
+        kept[each] = bytes_kept(model, lambda: model(torch.randn(100, width)).sum())  # noqa: B023
+    assert kept[scale] - kept[1.0] == 4 * width * bottleneck, "the scaled weight alone"
