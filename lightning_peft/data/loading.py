@@ -6,7 +6,7 @@ exception of ``datasets``, pandas or arrow is its cause. ``datasets`` is importe
 
 import glob
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,28 +69,47 @@ def read_file(file: str, option: str) -> Source:
     Raises:
         DataError: If it is missing, of another kind, malformed, or has no rows.
     """
-    from datasets import load_dataset
+    reader, options = READERS[require_file(file, option).suffix.lower()]
+    return load_file(file, option, reader, **options)
 
+
+def require_file(file: str, option: str, kinds: Collection[str] = READERS.keys()) -> Path:
+    """Return the path of a file, which must be there and of a known kind.
+
+    Raises:
+        DataError: If it is missing, a folder, or its name ends in none of ``kinds``.
+    """
     path = require_path(file, option)
     if not path.is_file():
         raise DataError(f"{option}: {file!r} is a folder; it must be one file.")
-    if path.suffix.lower() not in READERS:
-        raise DataError(f"{option}: {file!r} is of no known kind; its name must end in one of {', '.join(READERS)}.")
-    reader, options = READERS[path.suffix.lower()]
+    if path.suffix.lower() not in kinds:
+        raise DataError(f"{option}: {file!r} is of no known kind; its name must end in one of {', '.join(kinds)}.")
+    return path
+
+
+def load_file(file: str, option: str, reader: str, **options: Any) -> Source:
+    """Read one file with a reader of ``datasets``.
+
+    Raises:
+        DataError: If it is malformed, or has no rows.
+    """
+    from datasets import load_dataset
+
     try:
         # `datasets` takes the name for a glob pattern.
-        rows = load_dataset(reader, data_files=glob.escape(str(path)), split="train", **options)
+        rows = load_dataset(reader, data_files=glob.escape(str(Path(file).expanduser())), split="train", **options)
     except Exception as error:
         raise DataError(f"{option}: {file!r} holds no rows or cannot be read as {reader}: {_reason(error)}") from error
     return _require_rows(Source(rows, f"{option} {file!r}"))
 
 
-def read_path(path: str, name: str | None = None) -> dict[str, Source]:
+def read_path(path: str, name: str | None = None, read: Callable[[str, str], Source] = read_file) -> dict[str, Source]:
     """Read a data file (all of it becomes ``train``), a local folder, or a data set of the hub, by split.
 
     Args:
         path: File, folder or hub name.
         name: Configuration of a hub data set.
+        read: What reads a file, given its path and the option that named it.
 
     Returns:
         Those of ``train``, ``validation``, ``test`` that are there; ``train`` always is.
@@ -105,7 +124,7 @@ def read_path(path: str, name: str | None = None) -> dict[str, Source]:
     if folder.is_file() or (looks_local(path) and not folder.is_dir()):
         if name is not None:
             raise ConfigError(f"name={name!r} chooses a configuration of a hub data set, but path={path!r} is a file.")
-        return {"train": read_file(path, "path")}
+        return {"train": read(path, "path")}
     try:
         if any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
             found = load_from_disk(str(folder))

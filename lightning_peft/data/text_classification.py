@@ -2,13 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-import lightning as L
-import torch
-from torch.utils.data import DataLoader
-
 from lightning_peft.data.labels import find_label_ids, infer_label_names, is_unlabelled
-from lightning_peft.data.loading import Source, divide, read_file, read_path, require_columns, require_text
-from lightning_peft.data.sampler import EpochRandomSampler, LengthBucketBatchSampler, ResumableDataLoader
+from lightning_peft.data.loading import Source, require_columns, require_text
+from lightning_peft.data.module import RowsData
 from lightning_peft.data.tokenizing import (
     PaddingCollator,
     Tokenize,
@@ -22,16 +18,8 @@ from lightning_peft.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# What the trainer needs for a stage: the splits of which one must be there, and how to get one.
-_NEEDED = {
-    "fit": (("train",), "path or train_file"),
-    "validate": (("validation",), "validation_file or a validation_split above 0"),
-    "test": (("test",), "test_file or a test_split above 0"),
-    "predict": (("predict", "test"), "predict_file, test_file or a test_split above 0"),
-}
 
-
-class TextClassificationData(L.LightningDataModule):
+class TextClassificationData(RowsData):
     """Classify texts, or pairs of texts.
 
     The rows are read, checked, tokenized once (``datasets`` keeps the result in its cache) and padded batch by batch.
@@ -98,45 +86,27 @@ class TextClassificationData(L.LightningDataModule):
         bucket: bool = True,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        _require_at_least(1, max_length=max_length, batch_size=batch_size)
-        _require_at_least(0, num_workers=num_workers)
-        if eval_batch_size is not None:
-            _require_at_least(1, eval_batch_size=eval_batch_size)
-        _require_split("validation_split", validation_split)
-        _require_split("test_split", test_split)
-        files = {"train": train_file, "validation": validation_file, "test": test_file, "predict": predict_file}
-        if path is not None and train_file is not None:
-            raise ConfigError(f"path={path!r} and train_file={train_file!r} both hold training rows: give one of them.")
-        if path is None and not any(files.values()):
-            raise ConfigError("There is no data: give path, or train_file (or test_file or predict_file alone).")
+        super().__init__(
+            tokenizer=tokenizer,
+            path=path,
+            name=name,
+            files={"train": train_file, "validation": validation_file, "test": test_file, "predict": predict_file},
+            validation_split=validation_split,
+            test_split=test_split,
+            split_seed=split_seed,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            bucket=bucket,
+            num_workers=num_workers,
+        )
         if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
             raise ConfigError(f"label_names={label_names!r} must be at least two different names.")
-        self.tokenizer = tokenizer
-        self.path = path
-        self.name = name
-        self.files = files
         self.text_column = text_column
         self.text_pair_column = text_pair_column
         self.label_column = label_column
-        self.validation_split = validation_split
-        self.test_split = test_split
-        self.split_seed = split_seed
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.bucket = bucket
-        self.num_workers = num_workers
         self._label_names = None if label_names is None else list(label_names)
-        self._splits: dict[str, Dataset] | None = None
         self._collate: PaddingCollator | None = None
-
-    @property
-    def splits(self) -> "dict[str, Dataset]":
-        """The tokenized rows by split: those of train, validation, test, predict that there are."""
-        if self._splits is None:
-            raise DataError("The data is not loaded yet: call prepare_data() or setup() first.")
-        return self._splits
 
     @property
     def label_names(self) -> list[str]:
@@ -165,64 +135,12 @@ class TextClassificationData(L.LightningDataModule):
                 f"Build the model with num_labels={self.num_labels}."
             )
 
-    def prepare_data(self) -> None:
-        """Read, check and tokenize everything: one process does it, the others find it in the cache of ``datasets``."""
-        self._load()
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load what is not loaded yet, and check that the stage has rows.
-
-        Args:
-            stage: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, or None for whatever there is.
-
-        Raises:
-            DataError: If the data is not as described, or has no rows for the stage.
-        """
-        self._load()
-        if "validation" not in self.splits:
-            # To Lightning the hook is then not there, and it trains without validation. An empty loader makes it warn.
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
-        if stage is not None:
-            self._require_stage(stage)
-
-    def train_dataloader(self) -> DataLoader:
-        """Return shuffled batches, the same in each epoch of that number."""
-        rows = self.splits["train"]
-        common = self._loader_options(rows)
-        if getattr(self.trainer, "overfit_batches", 0) > 0:
-            # Lightning turns shuffling off for this, but cannot tell that a custom batch sampler shuffles.
-            return DataLoader(batch_size=self.batch_size, **common)
-        sampler = EpochRandomSampler(range(len(rows)), seed=self.split_seed)
-        if not self.bucket:
-            return ResumableDataLoader(sampler=sampler, batch_size=self.batch_size, **common)
-        lengths = rows.with_format("numpy")["length"][:]
-        batches = LengthBucketBatchSampler(sampler, self.batch_size, False, lengths.tolist(), seed=self.split_seed)
-        return ResumableDataLoader(batch_sampler=batches, **common)
-
-    def val_dataloader(self) -> DataLoader:
-        """Return the validation batches."""
-        self._require_stage("validate")
-        return self._eval_loader("validation")
-
-    def test_dataloader(self) -> DataLoader:
-        """Return the test batches."""
-        self._require_stage("test")
-        return self._eval_loader("test")
-
-    def predict_dataloader(self) -> DataLoader:
-        """Return batches of ``predict_file``, else of the test rows, with their texts."""
-        self._require_stage("predict")
-        return self._eval_loader("predict" if "predict" in self.splits else "test", predict=True)
-
-    def _load(self) -> None:
-        if self._splits is not None:
-            return
+    def _load(self) -> "dict[str, Dataset]":
         tokenizer = load_tokenizer(self.tokenizer)
         fresh = digest(tokenizer)
         require_length(tokenizer, self.max_length, pair=self.text_pair_column is not None)
         collate = make_collator(tokenizer)
-        sources = {} if self.path is None else read_path(self.path, self.name)
-        sources |= {split: read_file(file, f"{split}_file") for split, file in self.files.items() if file is not None}
+        sources = self._sources()
         for split, source in sources.items():
             columns = {"text_column": self.text_column, "text_pair_column": self.text_pair_column}
             require_columns(source, columns | ({} if split == "predict" else {"label_column": self.label_column}))
@@ -233,20 +151,14 @@ class TextClassificationData(L.LightningDataModule):
         if names is None and "train" in sources:
             names = infer_label_names(sources["train"], self.label_column)
         ids = {split: self._label_ids(split, source, names) for split, source in sources.items()}
-        parts = self._divide(sources)
+        train = sources.get("train")
+        parts = {} if train is None else self._divide(len(train.rows), list(sources), train.origin)
         splits = {
             split: self._tokenize(split, source.rows, tokenizer, fresh, ids[split]) for split, source in sources.items()
         }
         splits |= {split: splits["train"].select(rows) for split, rows in parts.items()}
-        self._splits, self._label_names, self._collate = splits, names, collate
-
-    def _divide(self, sources: dict[str, Source]) -> dict[str, list[int]]:
-        sizes = {"validation": self.validation_split, "test": self.test_split}
-        sizes = {split: 0 if split in sources else size for split, size in sizes.items()}
-        if "train" not in sources or not any(sizes.values()):
-            return {}
-        train = sources["train"]
-        return divide(len(train.rows), **sizes, seed=self.split_seed, origin=train.origin)
+        self._label_names, self._collate = names, collate
+        return splits
 
     def _label_ids(self, split: str, source: Source, names: list[str] | None) -> dict[Any, int] | None:
         """Return the class index by value of the label column, or None for rows that need no label."""
@@ -265,37 +177,17 @@ class TextClassificationData(L.LightningDataModule):
         )
         return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing {split}")
 
-    def _require_stage(self, stage: str) -> None:
-        splits, remedy = _NEEDED[stage]
-        found = next((split for split in splits if split in self.splits), None)
-        if found is None:
-            raise DataError(f"{stage}: there are no {splits[0]} rows: give {remedy}.")
+    def _require_stage(self, stage: str) -> str:
+        found = super()._require_stage(stage)
         if stage != "predict" and "labels" not in self.splits[found].column_names:
             raise DataError(f"{stage}: the {found} rows of {self.path!r} have no labels (-1): they serve predict only.")
+        return found
 
-    def _eval_loader(self, split: str, predict: bool = False) -> DataLoader:
-        options = self._loader_options(self.splits[split], predict)
-        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **options)
-
-    def _loader_options(self, rows: "Dataset", predict: bool = False) -> dict[str, Any]:
+    def _rows(self, split: str, predict: bool = False) -> "Dataset":
+        rows = self.splits[split]
         wanted = ["input_ids", "token_type_ids", *(("text", "text_pair") if predict else ("labels",))]
-        return {
-            "dataset": rows.select_columns([column for column in wanted if column in rows.column_names]),
-            "collate_fn": self._collate,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return rows.select_columns([column for column in wanted if column in rows.column_names])
 
-
-def _require_at_least(least: int, **options: int) -> None:
-    for option, value in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{option}={value!r} must be an integer of at least {least}.")
-
-
-def _require_split(option: str, size: int | float) -> None:
-    if isinstance(size, bool) or not isinstance(size, int | float) or not (size >= 0):
-        raise ConfigError(f"{option}={size!r} must be a number of rows (an int) or a share in (0, 1); 0 for none.")
-    if isinstance(size, float) and size >= 1:
-        raise ConfigError(f"{option}={size!r} is a float, hence a share, and must be below 1. For rows give an int.")
+    def _collator(self, predict: bool) -> "PaddingCollator":
+        assert self._collate is not None  # made with the splits
+        return self._collate

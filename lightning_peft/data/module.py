@@ -1,0 +1,215 @@
+"""What the data modules share: options, splits, what a stage needs, and loaders whose order can be resumed."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_peft.data.loading import Source, divide, read_file, read_path
+from lightning_peft.data.sampler import EpochRandomSampler, LengthBucketBatchSampler, ResumableDataLoader
+from lightning_peft.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# What the trainer needs for a stage: the splits of which one must be there, and how to get one.
+_NEEDED = {
+    "fit": (("train",), "path or train_file"),
+    "validate": (("validation",), "validation_file or a validation_split above 0"),
+    "test": (("test",), "test_file or a test_split above 0"),
+    "predict": (("predict", "test"), "predict_file, test_file or a test_split above 0"),
+}
+
+
+class RowsData(L.LightningDataModule):
+    """Base of the data modules here: rows by split, read and tokenized once, then batches in a resumable order.
+
+    A subclass fills ``_splits`` in :meth:`_load`, and says in :meth:`_rows`, :meth:`_collator` and :meth:`_lengths`
+    what a batch is made of. Its own docstring explains the options.
+
+    Raises:
+        ConfigError: If an argument has a value it cannot have.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: str,
+        path: str | None,
+        name: str | None,
+        files: dict[str, str | None],
+        validation_split: int | float,
+        test_split: int | float,
+        split_seed: int,
+        max_length: int,
+        batch_size: int,
+        eval_batch_size: int | None,
+        bucket: bool,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        require_at_least(1, max_length=max_length, batch_size=batch_size)
+        require_at_least(0, num_workers=num_workers)
+        if eval_batch_size is not None:
+            require_at_least(1, eval_batch_size=eval_batch_size)
+        _require_split("validation_split", validation_split)
+        _require_split("test_split", test_split)
+        if path is not None and files["train"] is not None:
+            train_file = files["train"]
+            raise ConfigError(f"path={path!r} and train_file={train_file!r} both hold training rows: give one of them.")
+        if path is None and not any(files.values()):
+            raise ConfigError("There is no data: give path, or train_file (or test_file or predict_file alone).")
+        self.tokenizer = tokenizer
+        self.path = path
+        self.name = name
+        self.files = files
+        self.validation_split = validation_split
+        self.test_split = test_split
+        self.split_seed = split_seed
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.bucket = bucket
+        self.num_workers = num_workers
+        self._splits: dict[str, Dataset] | None = None
+
+    @property
+    def splits(self) -> "dict[str, Dataset]":
+        """The tokenized rows by split: those of train, validation, test, predict that there are."""
+        if self._splits is None:
+            raise DataError("The data is not loaded yet: call prepare_data() or setup() first.")
+        return self._splits
+
+    def prepare_data(self) -> None:
+        """Read, check and tokenize everything: one process does it, the others find it in the cache of ``datasets``."""
+        self._load_once()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load what is not loaded yet, and check that the stage has rows.
+
+        Args:
+            stage: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, or None for whatever there is.
+
+        Raises:
+            DataError: If the data is not as described, or has no rows for the stage.
+        """
+        self._load_once()
+        if "validation" not in self.splits:
+            # To Lightning the hook is then not there, and it trains without validation. An empty loader makes it warn.
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
+        if stage is not None:
+            self._require_stage(stage)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return shuffled batches, the same in each epoch of that number."""
+        rows = self._rows("train")
+        common = self._loader_options(rows)
+        if getattr(self.trainer, "overfit_batches", 0) > 0:
+            # Lightning turns shuffling off for this, but cannot tell that a custom batch sampler shuffles.
+            return DataLoader(batch_size=self.batch_size, **common)
+        sampler = EpochRandomSampler(range(len(rows)), seed=self.split_seed)
+        lengths = self._lengths()
+        if lengths is None:
+            return ResumableDataLoader(sampler=sampler, batch_size=self.batch_size, **common)
+        batches = LengthBucketBatchSampler(sampler, self.batch_size, False, lengths, seed=self.split_seed)
+        return ResumableDataLoader(batch_sampler=batches, **common)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return the validation batches."""
+        self._require_stage("validate")
+        return self._eval_loader("validation")
+
+    def test_dataloader(self) -> DataLoader:
+        """Return the test batches."""
+        self._require_stage("test")
+        return self._eval_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return batches of ``predict_file``, else of the test rows, with their texts."""
+        self._require_stage("predict")
+        return self._eval_loader("predict" if "predict" in self.splits else "test", predict=True)
+
+    def _load(self) -> "dict[str, Dataset]":
+        """Return the tokenized rows by split."""
+        raise NotImplementedError
+
+    def _rows(self, split: str, predict: bool = False) -> Any:
+        """Return the data set that a loader indexes; ``predict`` if for that stage."""
+        raise NotImplementedError
+
+    def _collator(self, predict: bool) -> Callable[[list[Any]], dict[str, Any]]:
+        """Return what makes a batch of its items."""
+        raise NotImplementedError
+
+    def _lengths(self) -> Sequence[int] | None:
+        """Return the length of each training row for batches of similar length, or None for batches at random."""
+        return self.splits["train"].with_format("numpy")["length"][:].tolist() if self.bucket else None
+
+    def _load_once(self) -> None:
+        if self._splits is None:
+            self._splits = self._load()
+
+    def _sources(self, read: Callable[[str, str], Source] = read_file) -> dict[str, Source]:
+        """Read ``path`` and the files, by split; ``read`` reads one file."""
+        sources = {} if self.path is None else read_path(self.path, self.name, read)
+        return sources | {split: read(file, f"{split}_file") for split, file in self.files.items() if file is not None}
+
+    def _divide(self, rows: int, there: Sequence[str], origin: str) -> dict[str, list[int]]:
+        """Divide the numbers of the training rows into the splits that are not ``there``; {} if nothing is taken."""
+        sizes = {"validation": self.validation_split, "test": self.test_split}
+        sizes = {split: 0 if split in there else size for split, size in sizes.items()}
+        if not any(sizes.values()):
+            return {}
+        return divide(rows, **sizes, seed=self.split_seed, origin=origin)
+
+    def _require_stage(self, stage: str) -> str:
+        """Return the split that serves the stage."""
+        splits, remedy = _NEEDED[stage]
+        found = next((split for split in splits if split in self.splits), None)
+        if found is None:
+            raise DataError(f"{stage}: there are no {splits[0]} rows: give {remedy}.")
+        return found
+
+    def _eval_loader(self, split: str, predict: bool = False) -> DataLoader:
+        options = self._loader_options(self._rows(split, predict), predict)
+        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **options)
+
+    def _loader_options(self, rows: Any, predict: bool = False) -> dict[str, Any]:
+        return {
+            "dataset": rows,
+            "collate_fn": self._collator(predict),
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+
+def require_at_least(least: int, **options: int) -> None:
+    """Check options that are whole numbers.
+
+    Raises:
+        ConfigError: For the first that is none, or is below ``least``.
+    """
+    for option, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{option}={value!r} must be an integer of at least {least}.")
+
+
+def require_choice(choices: Sequence[str], **options: str) -> None:
+    """Check options that are one of a few words.
+
+    Raises:
+        ConfigError: For the first that is not among ``choices``.
+    """
+    for option, value in options.items():
+        if value not in choices:
+            raise ConfigError(f"{option}={value!r} must be one of {', '.join(map(repr, choices))}.")
+
+
+def _require_split(option: str, size: int | float) -> None:
+    if isinstance(size, bool) or not isinstance(size, int | float) or not (size >= 0):
+        raise ConfigError(f"{option}={size!r} must be a number of rows (an int) or a share in (0, 1); 0 for none.")
+    if isinstance(size, float) and size >= 1:
+        raise ConfigError(f"{option}={size!r} is a float, hence a share, and must be below 1. For rows give an int.")
