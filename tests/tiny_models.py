@@ -64,6 +64,11 @@ def llama(head: type = hf.LlamaForCausalLM, **fields: Any) -> nn.Module:
     return head(hf.LlamaConfig(**{**SIZES, **TOKENS, **grouped, **fields}))
 
 
+def qwen2(head: type = hf.Qwen2ForCausalLM, **fields: Any) -> nn.Module:
+    """Biases on queries, keys and values alone."""
+    return head(hf.Qwen2Config(**{**SIZES, **TOKENS, "num_key_value_heads": 1, **fields}))
+
+
 def qwen3(head: type = hf.Qwen3ForCausalLM, **fields: Any) -> nn.Module:
     """Heads wider than width / heads; normalised queries and keys."""
     return head(hf.Qwen3Config(**{**SIZES, **TOKENS, "num_key_value_heads": 1, "head_dim": 12, **fields}))

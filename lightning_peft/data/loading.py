@@ -31,10 +31,11 @@ _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 
 @dataclass(frozen=True)
 class Source:
-    """Rows, and where they came from in the words of an error message."""
+    """Rows, and where they came from in the words of an error message; with ``lines``, row 0 is line 1 of a file."""
 
     rows: "Dataset"
     origin: str
+    lines: bool = False
 
 
 def looks_local(path: str) -> bool:

@@ -26,8 +26,8 @@ _NEEDED = {
 class RowsData(L.LightningDataModule):
     """Base of the data modules here: rows by split, read and tokenized once, then batches in a resumable order.
 
-    A subclass fills ``_splits`` in :meth:`_load`, and says in :meth:`_rows`, :meth:`_collator` and :meth:`_lengths`
-    what a batch is made of. Its own docstring explains the options.
+    A subclass says in :meth:`_load` what the rows are, and in :meth:`_batching` and :meth:`_lengths` what batches are
+    made of. Its own docstring explains the options.
 
     Raises:
         ConfigError: If an argument has a value it cannot have.
@@ -104,12 +104,11 @@ class RowsData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return shuffled batches, the same in each epoch of that number."""
-        rows = self._rows("train")
-        common = self._loader_options(rows)
+        common = self._loader_options("train")
         if getattr(self.trainer, "overfit_batches", 0) > 0:
             # Lightning turns shuffling off for this, but cannot tell that a custom batch sampler shuffles.
             return DataLoader(batch_size=self.batch_size, **common)
-        sampler = EpochRandomSampler(range(len(rows)), seed=self.split_seed)
+        sampler = EpochRandomSampler(range(len(common["dataset"])), seed=self.split_seed)
         lengths = self._lengths()
         if lengths is None:
             return ResumableDataLoader(sampler=sampler, batch_size=self.batch_size, **common)
@@ -135,12 +134,8 @@ class RowsData(L.LightningDataModule):
         """Return the tokenized rows by split."""
         raise NotImplementedError
 
-    def _rows(self, split: str, predict: bool = False) -> Any:
-        """Return the data set that a loader indexes; ``predict`` if for that stage."""
-        raise NotImplementedError
-
-    def _collator(self, predict: bool) -> Callable[[list[Any]], dict[str, Any]]:
-        """Return what makes a batch of its items."""
+    def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
+        """Return the data set that a loader indexes, and what makes a batch of its items."""
         raise NotImplementedError
 
     def _lengths(self) -> Sequence[int] | None:
@@ -173,13 +168,13 @@ class RowsData(L.LightningDataModule):
         return found
 
     def _eval_loader(self, split: str, predict: bool = False) -> DataLoader:
-        options = self._loader_options(self._rows(split, predict), predict)
-        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **options)
+        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **self._loader_options(split, predict))
 
-    def _loader_options(self, rows: Any, predict: bool = False) -> dict[str, Any]:
+    def _loader_options(self, split: str, predict: bool = False) -> dict[str, Any]:
+        rows, collate = self._batching(split, predict)
         return {
             "dataset": rows,
-            "collate_fn": self._collator(predict),
+            "collate_fn": collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),

@@ -183,11 +183,8 @@ class TextClassificationData(RowsData):
             raise DataError(f"{stage}: the {found} rows of {self.path!r} have no labels (-1): they serve predict only.")
         return found
 
-    def _rows(self, split: str, predict: bool = False) -> "Dataset":
+    def _batching(self, split: str, predict: bool) -> "tuple[Dataset, PaddingCollator]":
         rows = self.splits[split]
         wanted = ["input_ids", "token_type_ids", *(("text", "text_pair") if predict else ("labels",))]
-        return rows.select_columns([column for column in wanted if column in rows.column_names])
-
-    def _collator(self, predict: bool) -> "PaddingCollator":
         assert self._collate is not None  # made with the splits
-        return self._collate
+        return rows.select_columns([column for column in wanted if column in rows.column_names]), self._collate

@@ -141,14 +141,25 @@ class PaddingCollator:
 
 
 def make_collator(tokenizer: "PreTrainedTokenizerBase") -> PaddingCollator:
-    """Return the collate function for a tokenizer. One without a padding token pads with its end-of-text token.
+    """Return the collate function for a tokenizer.
 
     Raises:
-        ConfigError: If it has neither.
+        ConfigError: If it has no token to pad with.
+    """
+    return PaddingCollator(
+        pad_token_id=find_pad_token_id(tokenizer),
+        pad_token_type_id=tokenizer.pad_token_type_id,
+        padding_side=tokenizer.padding_side,
+    )
+
+
+def find_pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return what to pad with: the padding token, or without one the end-of-text token.
+
+    Raises:
+        ConfigError: If the tokenizer has neither.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ConfigError(f"tokenizer {tokenizer.name_or_path!r} has neither a padding nor an end-of-text token.")
-    return PaddingCollator(
-        pad_token_id=pad, pad_token_type_id=tokenizer.pad_token_type_id, padding_side=tokenizer.padding_side
-    )
+    return pad

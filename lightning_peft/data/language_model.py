@@ -1,0 +1,94 @@
+"""What the data modules for language models share: bad rows and their report, and packing."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_peft.data.batches import LanguageModelCollator, PackingCollator
+from lightning_peft.data.loading import Source
+from lightning_peft.data.module import RowsData, require_choice
+from lightning_peft.data.packing import PackedRows, pack, padding_share
+from lightning_peft.data.preparing import PrepareInstructions, PrepareTexts, prepare
+from lightning_peft.data.records import RowReport, read_records
+from lightning_peft.data.tokenizing import digest, find_pad_token_id, load_tokenizer, require_length
+
+
+class LanguageModelData(RowsData):
+    """Base of the data modules for language models. A subclass says in :meth:`_preparing` what becomes of a row.
+
+    Attributes:
+        reports: What became of the rows of each file or split, once they are loaded.
+    """
+
+    def __init__(self, *, packing: bool, on_bad_row: str, **options: Any) -> None:
+        super().__init__(**options)
+        require_choice(("skip", "error"), on_bad_row=on_bad_row)
+        self.packing = packing
+        self.on_bad_row = on_bad_row
+        self.reports: dict[str, RowReport] = {}
+        self._blocks: list[list[int]] = []
+        self._pad_token_id = 0
+
+    def _preparing(self, split: str, source: Source, tokenizer: Any, fresh: str) -> PrepareInstructions | PrepareTexts:
+        """Return the function to map over the rows; ``fresh`` is the digest of the tokenizer as it was loaded."""
+        raise NotImplementedError
+
+    def _load(self) -> dict[str, Any]:
+        tokenizer = load_tokenizer(self.tokenizer)
+        fresh = digest(tokenizer)
+        require_length(tokenizer, self.max_length, pair=False)
+        splits, reports = {}, {}
+        for split, source in self._sources(read_records).items():
+            function = self._preparing(split, source, tokenizer, fresh)
+            examples, report = prepare(source, function, f"Tokenizing {split}")
+            report.require_good(all_good=self.on_bad_row == "error")
+            splits[split], reports[split] = self._keep(examples), report
+        if "train" in splits:
+            splits |= self._divide_train(splits["train"], list(splits), reports["train"].origin)
+        for report in reports.values():
+            if text := report.describe(self.max_length):
+                rank_zero_warn(text)
+        if self.packing and "train" in splits:
+            self._blocks = self._pack(splits["train"]["length"][:])
+        self.reports = reports
+        self._pad_token_id = find_pad_token_id(tokenizer)
+        return splits
+
+    def _keep(self, examples: Any) -> Any:
+        """Leave out the bad rows."""
+        good = [row for row, reason in enumerate(examples["reason"][:]) if not reason]
+        kept = examples if len(good) == len(examples) else examples.select(good)
+        return kept.remove_columns(["reason", "message"])
+
+    def _divide_train(self, train: Any, there: Sequence[str], origin: str) -> dict[str, Any]:
+        """Divide by row, not by example: the several examples of one conversation stay together."""
+        numbers = train["number"][:]
+        rows = {number: row for row, number in enumerate(dict.fromkeys(numbers))}
+        parts = self._divide(len(rows), there, origin)
+        split_of = {row: split for split, part in parts.items() for row in part}
+        return {
+            split: train.select([i for i, number in enumerate(numbers) if split_of[rows[number]] == split])
+            for split in parts
+        }
+
+    def _pack(self, lengths: list[int]) -> list[list[int]]:
+        blocks = pack(lengths, self.max_length)
+        packed = padding_share([sum(lengths[row] for row in block) for block in blocks], self.batch_size)
+        as_many = round(self.batch_size * len(lengths) / len(blocks))
+        alone = padding_share(lengths, as_many)
+        rank_zero_info(
+            f"packing: {len(lengths)} training rows in {len(blocks)} blocks of up to {self.max_length} tokens; "
+            f"{packed:.1%} of a batch is padding, of one of {as_many} rows that are not packed {alone:.1%}."
+        )
+        return blocks
+
+    def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
+        rows = self.splits[split]
+        rows = rows.select_columns([column for column in ("input_ids", "labels") if column in rows.column_names])
+        if self.packing and split == "train":
+            return PackedRows(rows, self._blocks), PackingCollator(pad_token_id=self._pad_token_id)
+        return rows, LanguageModelCollator(pad_token_id=self._pad_token_id)
+
+    def _lengths(self) -> Sequence[int] | None:
+        return None if self.packing else super()._lengths()

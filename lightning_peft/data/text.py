@@ -1,0 +1,134 @@
+"""Plain text: from files or the hub to batches for a causal language model that learns every token."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lightning_peft.data.batches import LanguageModelCollator
+from lightning_peft.data.blocks import TokenBlocks
+from lightning_peft.data.language_model import LanguageModelData
+from lightning_peft.data.loading import Source, require_columns
+from lightning_peft.data.preparing import PrepareTexts
+from lightning_peft.data.records import has_columns
+from lightning_peft.errors import ConfigError, DataError
+
+
+class TextData(LanguageModelData):
+    """Teach a language model to write like given texts.
+
+    Each text is ended by the end token. With ``join``, all of a split are joined to one stream and cut in blocks of
+    ``max_length`` tokens: nothing is padding but the end of the last block, a long text goes on in the next block, and
+    a text can see the end of the one before it. Without, each text is a row by itself, and cut if it is longer.
+
+    A batch is a dict of tensors, ``input_ids``, ``attention_mask`` and ``labels`` (rows, longest), padded on the right;
+    labels are the ids, not shifted, and -100 in the padding. With ``packing``, which needs ``join=False``, a training
+    batch is as in :class:`~lightning_peft.data.InstructionData`.
+
+    A row whose text is empty, or no text, is a bad row: it is left out and reported with its number, or stops the run.
+    :attr:`reports` has all numbers.
+
+    Splits, and the order of the training batches, are as in :class:`~lightning_peft.data.TextClassificationData`; with
+    ``join`` it is blocks that are divided and shuffled. There is nothing to predict.
+
+    Args:
+        tokenizer: Tokenizer of the model: a local folder or a name on the hub.
+        path: A data set on the hub, a local folder, or one txt, csv, tsv, json, jsonl or parquet file with all texts.
+        name: Configuration of a hub data set.
+        train_file: File with the training texts, in place of ``path``. A txt file is one text.
+        validation_file: File with the validation texts.
+        test_file: File with the test texts.
+        text_column: Column of the text.
+        join: Whether texts are joined, with the end token between them, and cut in blocks.
+        packing: Whether short training texts share a block, without seeing each other.
+        on_bad_row: ``"skip"``, or ``"error"`` to stop.
+        validation_split: If there are no validation rows: how many of the training rows to take, as a number of rows
+            (int) or a share in (0, 1) (float); 0 for none. With ``join``: of the blocks.
+        test_split: The same for test rows.
+        split_seed: Seed of these two and of the order of the training batches.
+        max_length: Tokens of a block; without ``join``, texts are cut to it.
+        batch_size: Rows of a training batch (on each device): blocks, or texts.
+        eval_batch_size: Rows of a batch in validate and test; by default ``batch_size``.
+        bucket: Whether training batches hold texts of similar length; of no use with ``join`` or ``packing``.
+        num_workers: Processes that prepare batches; 0 for none besides the main one.
+
+    Raises:
+        ConfigError: If an argument has a value it cannot have.
+        DataError: In ``prepare_data`` and ``setup``: if the data is not as described.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        path: str | None = None,
+        name: str | None = None,
+        train_file: str | None = None,
+        validation_file: str | None = None,
+        test_file: str | None = None,
+        text_column: str = "text",
+        join: bool = True,
+        packing: bool = False,
+        on_bad_row: str = "skip",
+        validation_split: int | float = 0.1,
+        test_split: int | float = 0.1,
+        split_seed: int = 0,
+        max_length: int = 512,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        bucket: bool = True,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            path=path,
+            name=name,
+            files={"train": train_file, "validation": validation_file, "test": test_file},
+            validation_split=validation_split,
+            test_split=test_split,
+            split_seed=split_seed,
+            max_length=max_length,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            bucket=bucket,
+            num_workers=num_workers,
+            packing=packing,
+            on_bad_row=on_bad_row,
+        )
+        if join and packing:
+            raise ConfigError(
+                "packing=True keeps texts whole and apart, join=True joins and cuts them: set join=False."
+            )
+        if max_length < 2:
+            raise ConfigError(f"max_length={max_length!r} must be at least 2: a token is predicted from one before it.")
+        self.text_column = text_column
+        self.join = join
+
+    def _preparing(self, split: str, source: Source, tokenizer: Any, fresh: str) -> PrepareTexts:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(f"tokenizer {self.tokenizer!r} has no end-of-text token (eos_token) to end texts with.")
+        if has_columns(source):
+            require_columns(source, {"text_column": self.text_column})
+        length = None if self.join else self.max_length
+        first = int(source.lines)
+        return PrepareTexts(tokenizer, fresh, first=first, text_column=self.text_column, max_length=length)
+
+    def _keep(self, examples: Any) -> Any:
+        # A bad row has no tokens, so nothing of it gets into the stream.
+        return TokenBlocks(examples, self.max_length) if self.join else super()._keep(examples)
+
+    def _divide_train(self, train: Any, there: Sequence[str], origin: str) -> dict[str, Any]:
+        if not self.join:
+            return super()._divide_train(train, there, origin)
+        parts = self._divide(len(train), there, f"{origin}, in blocks of {self.max_length} tokens,")
+        return {split: train.select(blocks) for split, blocks in parts.items()}
+
+    def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
+        if self.join:
+            return self.splits[split], LanguageModelCollator(pad_token_id=self._pad_token_id)
+        return super()._batching(split, predict)
+
+    def _lengths(self) -> Sequence[int] | None:
+        return None if self.join else super()._lengths()
+
+    def _require_stage(self, stage: str) -> str:
+        if stage == "predict":
+            raise DataError("predict: texts have nothing to predict. For prompts take InstructionData.")
+        return super()._require_stage(stage)
