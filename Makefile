@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint slow matrix clean
+.PHONY: demo test lint slow bench matrix clean
 
 demo: .venv/.installed
 	$(BIN)/python examples/assets.py
@@ -26,6 +26,10 @@ lint: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+bench: .venv/.installed
+	$(BIN)/python -m tests.benchmarks --quick
+	$(BIN)/python -m tests.benchmarks.mixed_batches --repeats 5
 
 matrix: .venv/.installed
 	cd tests && ../$(BIN)/python -m conformance.matrix --write

@@ -28,7 +28,9 @@ def main() -> None:
         rounds = max(2, shape.steps // 2) if options.quick else shape.steps
         start = time.perf_counter()
         rows = training.measure(shape, options.device, options.compiled, rounds)
-        detail = f"{shape.batch[0]} x {shape.batch[1]}, r={shape.r}, dropout {shape.dropout:g}, {str(shape.dtype)[6:]}"
+        detail = f"{shape.method}, {shape.batch[0]} x {shape.batch[1]}, {str(shape.dtype)[6:]}"
+        if shape.method in ("LoRA", "DoRA"):
+            detail += f", r={shape.r}, dropout {shape.dropout:g}"
         print(f"{shape.name}: {detail}, {rounds} rounds ({time.perf_counter() - start:.0f} s)\n\n{rows}\n", flush=True)
     if not options.shape:
         rounds = 5 if options.quick else 15
@@ -37,7 +39,7 @@ def main() -> None:
 
 
 def _is_due(shape: Shape, device: str, quick: bool) -> bool:
-    if shape.device != device or (quick and not shape.quick) or shape.method != "LoRA":
+    if shape.device != device or (quick and not shape.quick):
         return False
     slow = device == "cpu" and shape.dtype == torch.bfloat16 and not _computes_in_bf16()
     if slow and "x1" not in shape.name:

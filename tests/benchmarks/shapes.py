@@ -23,7 +23,7 @@ class Shape:
     labels: int = 0
     """Classes of a classification; 0 for a language model, whose labels are its input."""
     method: str = "LoRA"
-    """What peft and we train; anything but LoRA is measured only where ``--shape`` asks for it."""
+    """What is trained, by us and by peft (or, what peft does not have, in plain torch)."""
     quick: bool = False
     """Whether ``--quick`` measures it."""
     steps: int = 10
@@ -73,8 +73,11 @@ _BF16 = torch.bfloat16
 
 SHAPES = (
     Shape(name="llama-d512", build=_D512, batch=(4, 256), quick=True),
-    Shape(name="llama-d512-dora", build=_D512, batch=(4, 256), method="DoRA"),
+    Shape(name="llama-d512-dora", build=_D512, batch=(4, 256), method="DoRA", quick=True),
     Shape(name="llama-d512-dora-dropout", build=_D512, batch=(4, 256), dropout=0.1, method="DoRA"),
+    Shape(name="llama-d512-ia3", build=_D512, batch=(4, 256), method="IA3"),
+    Shape(name="llama-d512-prefix", build=_D512, batch=(4, 256), method="PrefixTuning"),
+    Shape(name="llama-d512-bottleneck", build=_D512, batch=(4, 256), method="BottleneckAdapter"),
     Shape(name="llama-d512-dropout", build=_D512, batch=(4, 256), dropout=0.1),
     Shape(name="llama-d512-bf16", build=_D512, batch=(4, 256), dtype=_BF16),
     Shape(name="llama-d512-bf16-dropout", build=_D512, batch=(4, 256), dtype=_BF16, dropout=0.1),

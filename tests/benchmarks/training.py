@@ -6,15 +6,15 @@ from contextlib import ExitStack
 from .measuring import bytes_kept, interleaved, peak_bytes, ratio
 from .shapes import Shape
 from .table import mib, table
-from .variants import BUILDERS, COMPILED, OF_ANY_METHOD, build
+from .variants import COMPILED, build, variants_of
 
-HEAD = ("", "step ÷ floor", "step ÷ peft", "ms", "kept MiB", "peak MiB", "trainable", "adapter KiB")
+HEAD = ("", "step ÷ floor", "step ÷ {peer}", "ms", "kept MiB", "peak MiB", "trainable", "adapter KiB")
 
 
 def measure(shape: Shape, device: str, compiled: bool, rounds: int) -> str:
     """The table of one shape."""
-    names = [name for name in BUILDERS if shape.method == "LoRA" or name in OF_ANY_METHOD]
-    names += [COMPILED] if compiled else []
+    names = variants_of(shape, compiled)
+    peer = "peft" if "peft" in names else "plain torch"
     with ExitStack() as stack, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         variants = {name: build(name, shape, device, stack) for name in names}
@@ -26,7 +26,7 @@ def measure(shape: Shape, device: str, compiled: bool, rounds: int) -> str:
                 [
                     name,
                     f"{ratio(own, seconds['floor']):.3f}",
-                    f"{ratio(own, seconds['peft']):.3f}",
+                    f"{ratio(own, seconds[peer]):.3f}",
                     f"{sorted(own)[len(own) // 2] * 1000:,.1f}",
                     # A compiled forward keeps what it likes; torch does not show it to the hooks.
                     mib(bytes_kept(variant.model, variant.forward)) if name != COMPILED else "",
@@ -35,4 +35,4 @@ def measure(shape: Shape, device: str, compiled: bool, rounds: int) -> str:
                     f"{variant.adapter_bytes / 1024:,.0f}",
                 ]
             )
-    return table(HEAD, rows)
+    return table([head.format(peer=peer) for head in HEAD], rows)

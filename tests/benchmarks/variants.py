@@ -72,32 +72,57 @@ def _peft_without_casts(model: nn.Module, shape: Shape, stack: ExitStack) -> nn.
 
 def _by_peft(model: nn.Module, shape: Shape, **options: Any) -> nn.Module:
     task = "SEQ_CLS" if shape.labels else "CAUSAL_LM"
-    config = peft.LoraConfig(
-        r=shape.r,
-        lora_alpha=16,
-        lora_dropout=shape.dropout,
-        target_modules="all-linear",
-        task_type=task,
-        use_dora=shape.method == "DoRA",
-    )
+    low_rank = {"r": shape.r, "lora_alpha": 16, "lora_dropout": shape.dropout, "target_modules": "all-linear"}
+    config = {
+        "LoRA": lambda: peft.LoraConfig(task_type=task, **low_rank),
+        "DoRA": lambda: peft.LoraConfig(task_type=task, use_dora=True, **low_rank),
+        "IA3": lambda: peft.IA3Config(task_type=task),
+        "PrefixTuning": lambda: peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=_PREFIX),
+    }[shape.method]()
     return peft.get_peft_model(model, config, **options)
 
 
-def _ours(model: nn.Module, shape: Shape, stack: ExitStack) -> nn.Module:
-    inject(model, getattr(lightning_peft, shape.method)(r=shape.r, alpha=16, dropout=shape.dropout))
+def _plain_torch(model: nn.Module, shape: Shape, stack: ExitStack) -> nn.Module:
+    """A bottleneck behind each feedforward part, as one would write it by hand."""
+    model.requires_grad_(False)
+    width = model.config.hidden_size
+    for mlp in [module for name, module in model.named_modules() if name.endswith(".mlp")]:
+        mlp.bottleneck = nn.Sequential(nn.Linear(width, width // 16), nn.ReLU(), nn.Linear(width // 16, width))
+        mlp.register_forward_hook(lambda mlp, args, y: y + mlp.bottleneck(y))
     return model
 
 
+def _ours(model: nn.Module, shape: Shape, stack: ExitStack) -> nn.Module:
+    method = {
+        "LoRA": lambda: lightning_peft.LoRA(r=shape.r, alpha=16, dropout=shape.dropout),
+        "DoRA": lambda: lightning_peft.DoRA(r=shape.r, alpha=16, dropout=shape.dropout),
+        "IA3": lambda: lightning_peft.IA3(),
+        "PrefixTuning": lambda: lightning_peft.PrefixTuning(num_virtual_tokens=_PREFIX),
+        "BottleneckAdapter": lambda: lightning_peft.BottleneckAdapter(target_modules=["mlp"]),
+    }[shape.method]()
+    inject(model, method)
+    return model
+
+
+_PREFIX = 20  # virtual tokens
 BUILDERS: dict[str, Callable[[nn.Module, Shape, ExitStack], nn.Module]] = {
     "floor": _floor,
     "full fine-tuning": _full,
     "peft": _peft,
     "peft, no casts": _peft_without_casts,
+    "plain torch": _plain_torch,
     "ours": _ours,
 }
-OF_ANY_METHOD = ("floor", "peft", "ours")
-"""Those that a table of another method than LoRA has."""
 COMPILED = "ours, compiled"
+
+
+def variants_of(shape: Shape, compiled: bool) -> list[str]:
+    """Names of what is compared."""
+    if shape.method == "BottleneckAdapter":  # peft has none
+        return ["floor", "plain torch", "ours"]
+    others = ["peft, no casts"] if shape.method in ("LoRA", "DoRA") else []
+    full = ["full fine-tuning"] if shape.method == "LoRA" else []
+    return ["floor", *full, "peft", *others, "ours", *([COMPILED] if compiled else [])]
 
 
 def build(name: str, shape: Shape, device: str, stack: ExitStack) -> Variant:
