@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.errors import DataError, NotApplicableError
-from lightning_peft.training.language_model import LanguageModel, check_whole_rows, labelled_span
+from lightning_peft.training.completions import labelled_span
+from lightning_peft.training.language_model import LanguageModel, check_whole_rows
 from lightning_peft.training.token_loss import next_tokens, without_first
 
 

@@ -1,25 +1,22 @@
 """What the tasks that write text share: a loss and scores without logits, samples on the screen, and prediction."""
 
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, NotRequired, TypedDict
+from typing import Any, ClassVar, Literal
 
 import rich
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics import Metric
 from typing_extensions import override
 
 from lightning_peft.core.registry import registries
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.training.adaptation import intent_of
+from lightning_peft.training.completions import Completion, completion_table
 from lightning_peft.training.module import PEFTModule
 from lightning_peft.training.pretrained import check_dropout, checkpoint_layers, load_pretrained, set_dropout
 from lightning_peft.training.token_loss import (
-    IGNORED,
     LossForm,
     chunked_cross_entropy,
     count_tokens,
@@ -27,16 +24,7 @@ from lightning_peft.training.token_loss import (
     splits_by_token,
     transparent,
 )
-
-
-class Completion(TypedDict):
-    """What ``predict`` gives for one text."""
-
-    prompt: str
-    completion: str
-    """What the model has written."""
-    expected: NotRequired[str]
-    """What it should have written, if the data says so."""
+from lightning_peft.training.token_scores import TokenScores
 
 
 class LanguageModel(PEFTModule):
@@ -206,11 +194,11 @@ class LanguageModel(PEFTModule):
         with transparent(head):
             return head, self.model(**inputs, use_cache=False).logits
 
-    def _score(self, batch: dict[str, Any], scores: "TokenScores") -> None:
+    def _score(self, batch: dict[str, Any], scores: TokenScores) -> None:
         inputs, _, goals = self.read(batch)
         scores.update(*count_tokens(*self._hidden(inputs), goals))
 
-    def _log_scores(self, stage: str, scores: "TokenScores") -> None:
+    def _log_scores(self, stage: str, scores: TokenScores) -> None:
         values = {f"{stage}_{name}": value for name, value in scores.compute().items()}
         self.log_dict(values, prog_bar=True, sync_dist=True)  # the same in every process already
         scores.reset()
@@ -258,31 +246,6 @@ class LanguageModel(PEFTModule):
             ) from error
 
 
-class TokenScores(Metric):
-    """Mean loss, accuracy and perplexity over tokens, of all batches and processes together."""
-
-    full_state_update = False
-    loss: Tensor
-    right: Tensor
-    count: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("loss", torch.zeros((), dtype=torch.float32), "sum")
-        for name in ("right", "count"):
-            self.add_state(name, torch.zeros((), dtype=torch.long), "sum")
-
-    def update(self, loss: Tensor, right: Tensor, count: Tensor) -> None:
-        """Add what :func:`~lightning_peft.training.token_loss.count_tokens` gives."""
-        # Not in place: validation before the fit may have left tensors of inference mode here.
-        self.loss, self.right, self.count = self.loss + loss, self.right + right, self.count + count
-
-    def compute(self) -> dict[str, Tensor]:
-        """The scores by name."""
-        loss = self.loss / self.count
-        return {"loss": loss, "accuracy": self.right / self.count, "perplexity": loss.exp()}
-
-
 def check_whole_rows(module: nn.Module, position_ids: Tensor) -> None:
     """Raise if rows hold several texts, as ``position_ids`` tell, and an acting adapter takes a row for one.
 
@@ -298,21 +261,3 @@ def check_whole_rows(module: nn.Module, position_ids: Tensor) -> None:
                     f"'{where}' takes a row for one text: virtual tokens stand before a row once, a gate is a mean "
                     "over it. Give the data module packing=False."
                 )
-
-
-def completion_table(rows: list[Completion]) -> Table:
-    """Lay out what was written: prompts, what was expected, and what was generated."""
-    table = Table(title="Samples", title_justify="left", title_style="bold")
-    for column in ("prompt", "expected", "generated"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        # As Text: square brackets are no markup there.
-        table.add_row(*(Text(text) for text in (row["prompt"], row.get("expected", ""), row["completion"])))
-    return table
-
-
-def labelled_span(labels: Tensor) -> tuple[int, int]:
-    """Where the first run of labels in ``labels`` (tokens,) begins and ends."""
-    known = (labels != IGNORED).tolist()
-    start = known.index(True) if True in known else len(known)
-    return start, next((i for i in range(start, len(known)) if not known[i]), len(known))

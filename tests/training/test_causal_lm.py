@@ -20,7 +20,7 @@ from lightning_peft import LoRA, PEFTCallback, PrefixTuning, PromptTuning, injec
 from lightning_peft.core.method import Method
 from lightning_peft.errors import ConfigError, DataError, NotApplicableError
 from lightning_peft.training.causal_lm import CausalLM, keeps_texts_apart
-from lightning_peft.training.language_model import completion_table, labelled_span
+from lightning_peft.training.completions import completion_table, labelled_span
 
 METHODS = {method.__name__: method for method in library_methods()}
 REFUSED = ("BitFit", "LinearProbe")  # Llama has no biases, and a language model no new head
