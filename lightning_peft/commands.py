@@ -56,13 +56,21 @@ class CommandTrainer(L.Trainer):
         rich.print(load_adapter(model, path, name))
         self._write(model, output)
 
-    def merge(self, model: L.LightningModule, ckpt_path: str, output: str, datamodule: Data = None) -> None:
+    def merge(
+        self,
+        model: L.LightningModule,
+        ckpt_path: str,
+        output: str,
+        dequantize: bool = False,
+        datamodule: Data = None,
+    ) -> None:
         """Write the model with the adapters of a checkpoint folded in: a plain model, with no trace of adapters.
 
         Args:
             model: the module that the checkpoint belongs to.
             ckpt_path: a ``.ckpt`` with an adapter.
             output: a directory for the transformers model (``save_pretrained``), or a ``.ckpt`` for the module.
+            dequantize: make the layers of a quantised model plain, which merging into them takes.
             datamodule: not needed.
         """
         networks = [network for _, network in pretrained_models(model)]
@@ -74,7 +82,7 @@ class CommandTrainer(L.Trainer):
         _load(model, ckpt_path)
         for _, owner, registry in list(registries(model)):
             for name in list(registry.attachments):
-                merge(owner, name)
+                merge(owner, name, dequantize=dequantize)
         if output.endswith(".ckpt"):
             self._write(model, output)
         else:

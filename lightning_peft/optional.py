@@ -15,6 +15,11 @@ def hf_conv1d() -> type[nn.Module] | None:
     return getattr(module, "Conv1D", None)
 
 
+def bitsandbytes_functions() -> Any:
+    """The functions of bitsandbytes, or None while it is not loaded, as it is where a model has a weight of its."""
+    return sys.modules.get("bitsandbytes.functional")
+
+
 def hf_attention_functions() -> Any:
     """The table in which attentions of transformers look up their function, or None while it is not loaded."""
     return getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", None)

@@ -37,6 +37,11 @@ def assert_identical(a: torch.Tensor, b: torch.Tensor, what: str = "tensor") -> 
     """Fail unless both have the same dtype, shape and bits."""
     assert a.dtype == b.dtype, f"{what}: {a.dtype} is not {b.dtype}"
     assert a.shape == b.shape, f"{what}: {tuple(a.shape)} is not {tuple(b.shape)}"
+    if hasattr(a, "__tensor_flatten__"):  # a tensor made of tensors, as a quantised one may be
+        assert type(a) is type(b), f"{what}: {type(a)} is not {type(b)}"
+        for part in a.__tensor_flatten__()[0]:
+            assert_identical(getattr(a, part), getattr(b, part), f"{part} of {what}")
+        return
     assert torch.equal(a, b), f"{what} differs by up to {(a.double() - b.double()).abs().max():.3g}"
 
 

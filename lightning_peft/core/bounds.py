@@ -105,6 +105,8 @@ class _Allowance(TorchDispatchMode):
     ) -> Any:
         fresh = not any(isinstance(arg, Tensor) for arg in args)  # zeros, empty, randn, …
         sized = fresh or func.overloadpacket.__name__ in _SIZED
+        if torch.device((kwargs or {}).get("device") or "cpu").type == "meta":
+            sized = fresh = False  # no memory at all
         sizes = [math.prod(arg) for arg in args if sized and isinstance(arg, (list, tuple)) and _whole(arg)]
         if max(sizes, default=0) > self.one or (fresh and sum(sizes) > self.left):
             raise CheckpointError(

@@ -1,23 +1,27 @@
 """Recognising a base model again: its tensors' names, shapes and a few sampled values."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.names import plain_name
+from lightning_peft.core.quantised import Quantised, quantised_weights
 from lightning_peft.core.registry import registries
 from lightning_peft.errors import BaseMismatchError, CheckpointError, did_you_mean
 
 SAMPLES = 8
 """Values that are kept of each tensor."""
+Base = dict[str, Tensor | Quantised]
 
 
-def base_tensors(model: nn.Module, within: str = "", saved: Sequence[str] | None = None) -> dict[str, Tensor]:
+def base_tensors(model: nn.Module, within: str = "", saved: Sequence[str] | None = None) -> "Base":
     """The base's state by plain names: no adapters, and not the modules whose trained copies travel with an adapter.
 
-    Those (a new task head, say) may be initialised differently each time, and their own values are never read.
+    Those (a new task head, say) may be initialised differently each time, and their own values are never read. A
+    quantised weight is one entry, without what its module keeps beside it.
 
     Args:
         model: the network, with or without adapters.
@@ -32,14 +36,23 @@ def base_tensors(model: nn.Module, within: str = "", saved: Sequence[str] | None
         tops += [
             plain_name(f"{dot}{path}.") for attachment in registry.attachments.values() for path in attachment.saved
         ]
+    weights: dict[str, Quantised] = {}
+    for path, _, name, weight in quantised_weights(model):
+        dot = f"{path}." if path else ""
+        weights[dot + name] = weight
+        left_out.update(dot + key for key in weight.beside)
     start = f"{within}." if within else ""
     if saved is not None:
         tops = [f"{start}{path}." for path in saved]
-    state = {plain_name(key): tensor for key, tensor in model.state_dict(keep_vars=True).items() if key not in left_out}
+    state = {
+        plain_name(key): weights.get(key, tensor)
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if key not in left_out
+    }
     return {
         key.removeprefix(start): tensor
         for key, tensor in state.items()
-        if isinstance(tensor, Tensor) and key.startswith(start) and not key.startswith(tuple(tops))
+        if isinstance(tensor, (Tensor, Quantised)) and key.startswith(start) and not key.startswith(tuple(tops))
     }
 
 
@@ -47,20 +60,29 @@ def base_tensors(model: nn.Module, within: str = "", saved: Sequence[str] | None
 def fingerprint(model: nn.Module, within: str = "", saved: Sequence[str] | None = None) -> dict[str, Any]:
     """Describe the base of ``model`` by ``names``, ``shapes``, ``dtypes`` and ``samples`` (names, 8), in fp64.
 
+    Of a base with quantised weights also by ``errors``: how far the samples may lie from those of the unquantised base,
+    None for weights that are not quantised.
+
     The arguments are those of :func:`base_tensors`.
     """
     tensors = base_tensors(model, within, saved)
-    samples = [_sample(tensor) for tensor in tensors.values()]
+    seen = [_look(tensor) for tensor in tensors.values()]
+    errors = {} if all(look.error is None for look in seen) else {"errors": [look.error for look in seen]}
     return {
         "names": list(tensors),
         "shapes": [list(tensor.shape) for tensor in tensors.values()],
-        "dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
-        "samples": torch.stack(samples) if samples else torch.zeros(0, SAMPLES, dtype=torch.float64),
+        "dtypes": [look.dtype for look in seen],
+        "samples": torch.stack([look.values for look in seen])
+        if seen
+        else torch.zeros(0, SAMPLES, dtype=torch.float64),
+        **errors,
     }
 
 
 def check_base(model: nn.Module, recorded: Any, saved: tuple[str, ...] = ()) -> None:
-    """Compare the base of ``model`` with a recorded fingerprint. Another dtype of the same weights passes.
+    """Compare the base of ``model`` with a recorded fingerprint.
+
+    Another dtype or a quantised copy of the same weights passes.
 
     Args:
         model: the model that an adapter is about to be loaded into.
@@ -75,53 +97,61 @@ def check_base(model: nn.Module, recorded: Any, saved: tuple[str, ...] = ()) -> 
     compare({key: tensor for key, tensor in base_tensors(model).items() if not key.startswith(tops)}, recorded, model)
 
 
-def compare(here: Mapping[str, Tensor], recorded: Any, model: nn.Module) -> None:
+def compare(here: Mapping[str, Tensor | Quantised], recorded: Any, model: nn.Module) -> None:
     """Compare the base ``here``, :func:`base_tensors` of ``model``, with a recorded fingerprint.
 
     Raises:
         BaseMismatchError: names the first tensor that differs.
         CheckpointError: ``recorded`` is not a fingerprint.
     """
-    names, shapes, dtypes, samples = _columns(recorded)
     remedy = "Load the base model that the adapter was trained on."
-    for name, shape, dtype, sample in zip(names, shapes, dtypes, samples, strict=True):
+    names = set()
+    for name, shape, dtype, sample, error in _rows(recorded):
+        names.add(name)
         if name not in here:
             raise BaseMismatchError(
                 f"The adapter belongs to another base: it was trained beside a tensor '{name}', which "
                 f"{type(model).__name__} does not have.{did_you_mean(str(name), here)} {remedy}"
             )
-        if list(here[name].shape) != shape:
+        tensor = here[name]
+        turned = (error is not None or isinstance(tensor, Quantised)) and len(shape) == len(tensor.shape) == 2
+        if list(tensor.shape) != shape and not (turned and list(tensor.shape) == shape[::-1]):
             raise BaseMismatchError(
-                f"The adapter belongs to another base: '{name}' has shape {list(here[name].shape)} here and {shape} "
+                f"The adapter belongs to another base: '{name}' has shape {list(tensor.shape)} here and {shape} "
                 f"where the adapter was trained. {remedy}"
             )
-        if here[name].is_meta:
+        if isinstance(tensor, Tensor) and tensor.is_meta:
             continue
-        found, wanted = _sample(here[name]), sample
-        if not torch.allclose(found, wanted, rtol=0, atol=_tolerance(here[name].dtype, dtype, wanted), equal_nan=True):
+        look = _look(tensor)
+        # Packages that quantise the (in, out) weight of a Conv1D keep it as (out, in).
+        if not look.fits(sample, dtype, error) and not (turned and _look(tensor, turn=True).fits(sample, dtype, error)):
             raise BaseMismatchError(
                 f"The adapter belongs to another base: the weights of '{name}' differ from those it was trained beside "
-                f"(sampled {_short(found)} here, {_short(wanted)} there). {remedy} If it is a new layer that starts at "
-                "random, it has to be trained whole (modules_to_save)."
+                f"(sampled {_short(look.values)} here, {_short(sample)} there). {remedy} If it is a new layer "
+                "that starts at random, it has to be trained whole (modules_to_save)."
             )
-    if extra := [name for name in here if name not in set(names)]:
+    if extra := [name for name in here if name not in names]:
         raise BaseMismatchError(
             f"The adapter belongs to another base: '{extra[0]}' of {type(model).__name__} was not there when the "
             f"adapter was trained. {remedy}"
         )
 
 
-def _columns(recorded: Any) -> tuple[list[str], list[Any], list[Any], Tensor]:
+def _rows(recorded: Any) -> list[tuple[str, Any, Any, Tensor, float | None]]:
+    """The name, shape, dtype, samples and error of each recorded tensor."""
     try:
         names, shapes, dtypes = list(recorded["names"]), list(recorded["shapes"]), list(recorded["dtypes"])
+        errors = list(recorded.get("errors") or [None] * len(names))
         samples: Tensor = recorded["samples"].double()
-        consistent = samples.shape == (len(names), SAMPLES) and len(names) == len(shapes) == len(dtypes)
+        consistent = samples.shape == (len(names), SAMPLES)
+        consistent = consistent and len(names) == len(shapes) == len(dtypes) == len(errors)
         consistent = consistent and all(isinstance(name, str) for name in names)
+        consistent = consistent and all(error is None or type(error) is float for error in errors)
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"The record of the base model in this file is damaged ({error!r}).") from error
     if not consistent:
         raise CheckpointError("The record of the base model in this file is damaged: its columns do not fit together.")
-    return names, shapes, dtypes, samples
+    return list(zip(names, shapes, dtypes, samples, errors, strict=True))
 
 
 def check_own_base(state: Mapping[str, Any], recorded: Any) -> None:
@@ -130,25 +160,50 @@ def check_own_base(state: Mapping[str, Any], recorded: Any) -> None:
     Raises:
         CheckpointError: names the first tensor that differs.
     """
-    names, _, dtypes, samples = _columns(recorded)
-    for name, dtype, sample in zip(names, dtypes, samples, strict=True):
+    for name, _, dtype, sample, error in _rows(recorded):
         there = state.get(name)
-        if not isinstance(there, Tensor) or there.is_meta:
-            continue  # whether it has to be there depends on the model
-        found = str(there.dtype).removeprefix("torch.")
-        if found != dtype or not torch.allclose(_sample(there), sample, rtol=1e-6, atol=0, equal_nan=True):
+        if not isinstance(there, Tensor) or there.is_meta or error is not None:
+            continue  # whether it has to be there depends on the model; quantised it is not the same tensor
+        look = _look(there)
+        if look.dtype != dtype or not torch.allclose(look.values, sample, rtol=1e-6, atol=0, equal_nan=True):
             raise CheckpointError(
-                f"'{name}' is {found} {_short(_sample(there))} in the file, whose own record says {dtype} "
+                f"'{name}' is {look.dtype} {_short(look.values)} in the file, whose own record says {dtype} "
                 f"{_short(sample)}: it was changed after it was saved."
             )
 
 
-def _sample(tensor: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class _Look:
+    """What a tensor of the base is recognised by."""
+
+    values: Tensor
     """Eight values at evenly spread positions, in fp64 on the CPU."""
+    dtype: str
+    error: float | None
+    """How far they may lie from those of the unquantised weight; None where it is not quantised."""
+    precision: torch.dtype
+
+    def fits(self, values: Tensor, dtype: Any, error: float | None) -> bool:
+        """Whether this is what was recorded, but for what rounding and quantising may have changed."""
+        apart = _tolerance(self.precision, dtype, values) + (self.error or 0.0) + (error or 0.0)
+        return torch.allclose(self.values, values, rtol=0, atol=apart, equal_nan=True)
+
+
+def _look(weight: Tensor | Quantised, turn: bool = False) -> _Look:
+    """Look at a weight, or at its transpose (``turn``)."""
+    if isinstance(weight, Tensor):
+        own = weight.detach()
+        return _Look(_sample(own.T if turn else own), str(own.dtype).removeprefix("torch."), None, own.dtype)
+    values, error = weight.dequantise(), weight.error().expand(weight.shape)
+    samples = (_sample(tensor.T if turn else tensor) for tensor in (values, error))
+    return _Look(next(samples), weight.scheme, float(next(samples).max()), values.dtype)
+
+
+def _sample(tensor: Tensor) -> Tensor:
     if tensor.is_meta or tensor.numel() == 0:
         return torch.zeros(SAMPLES, dtype=torch.float64)
     places = [i * (tensor.numel() - 1) // (SAMPLES - 1) for i in range(SAMPLES)]
-    return tensor.detach().flatten()[torch.tensor(places, device=tensor.device)].to("cpu", torch.float64)
+    return tensor.flatten()[torch.tensor(places, device=tensor.device)].to("cpu", torch.float64)
 
 
 def _tolerance(here: torch.dtype, recorded: Any, values: Tensor) -> float:

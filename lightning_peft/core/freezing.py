@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.core.names import plain_name
+from lightning_peft.core.quantised import quantised_weights
 from lightning_peft.core.registry import Registry, registry_of
 from lightning_peft.core.slots import CHILD, AdapterSlots, base_modules
 
@@ -94,4 +95,8 @@ def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: st
             state_dict[key] = state_dict.pop(plain)
     base = {key: value for key, value in here.items() if key.removeprefix(prefix) not in own}
     if not state_dict.keys() & base.keys():
+        # What belongs to a quantised weight is in the state dict of some layers that do not load it again.
+        for path, module, _, weight in quantised_weights(model):
+            for name in weight.beside - module._parameters.keys() - module._buffers.keys():
+                base.pop(f"{prefix}{path}.{name}" if path else f"{prefix}{name}", None)
         state_dict.update(base)

@@ -198,7 +198,7 @@ def _(module: nn.Embedding) -> tuple[Weight, ...]:
 def _(module: Any) -> tuple[Weight, ...]:
     layout = ConvLayout(
         module.out_channels,
-        module.weight[0].numel(),
+        module.weight.shape[1:].numel(),
         tuple(module.kernel_size),
         tuple(module.stride),
         module.padding if isinstance(module.padding, str) else tuple(module.padding),

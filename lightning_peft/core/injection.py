@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.freezing import freeze, unfreeze
 from lightning_peft.core.method import Method, Placement
+from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.registry import Attachment, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.core.report import Report, report
 from lightning_peft.core.saved import plan_saved, resolve_saved
 from lightning_peft.core.slots import CHILD, AdapterSlots, named_slots, slot_name
-from lightning_peft.errors import AdapterNameError, ConfigError
+from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError
 
 
 def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
@@ -166,6 +168,8 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
     for placement, count in Counter((p.path, p.part) for p in placements).items():
         if count > 1:
             raise ConfigError(f"{count} adapters of one name on '{placement[0]}': give each a part of its own.")
+    for own in placements:
+        _check_weights(model.get_submodule(own.path), own)
     for path in {p.path for p in placements}:
         host = model.get_submodule(path)
         if isinstance(host, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -176,4 +180,16 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
         if present is not None and not isinstance(present, AdapterSlots):
             raise AdapterNameError(
                 f"'{path}' ({type(host).__name__}) has an attribute '{CHILD}' of its own, where adapters go: rename it."
+            )
+
+
+def _check_weights(host: nn.Module, placement: Placement) -> None:
+    for name in placement.adapter.names if isinstance(placement.adapter, WeightAdapter) else ():
+        owner, _, leaf = name.rpartition(".")
+        weight = host.get_submodule(owner)._parameters.get(leaf)
+        if weight is not None and is_quantised(weight):
+            raise NotApplicableError(
+                f"{type(placement.adapter).__name__} changes the '{name}' of '{placement.path}' "
+                f"({type(host).__name__}) itself, and that is quantised ({type(weight).__name__}). Leave the layer out "
+                "(exclude_modules), or use a method that acts on outputs."
             )

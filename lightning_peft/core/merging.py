@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.injection import remove
+from lightning_peft.core.quantised import is_quantised, make_plain, plain_dtype, quantised
 from lightning_peft.core.registry import Registry, find_adapter
 from lightning_peft.core.slots import AdapterSlots, adapter_name, base_modules
 from lightning_peft.errors import NotMergeableError
 
 
-def merge(model: nn.Module, name: str = "default", *, untie: bool = False) -> None:
+def merge(model: nn.Module, name: str = "default", *, untie: bool = False, dequantize: bool = False) -> None:
     """Fold the adapter ``name`` into the base weights and take it out; the model computes the same without it.
 
     The new weights are computed in fp32 (fp64 for an fp64 base) and rounded once to the base's dtype. Nothing is
@@ -27,16 +28,23 @@ def merge(model: nn.Module, name: str = "default", *, untie: bool = False) -> No
         name: the adapter.
         untie: whether a layer whose weight is tied to another one's gets a weight of its own. The config of a
             transformers model then says so, so that it loads as it was saved.
+        dequantize: whether every quantised layer of ``model``, adapted or not, becomes a plain one of torch's in the
+            dtype of the rest of the model, which is then as large as it was before it was quantised.
 
     Raises:
         AdapterNameError: there is no such adapter.
-        NotMergeableError: a method has no weight form, a weight is shared with another layer or quantised, or a merged
-            value is not finite.
+        NotMergeableError: a method has no weight form, a weight is shared with another layer, or quantised without
+            ``dequantize``, or a merged value is not finite.
     """
-    _, owner, _ = find_adapter(model, name)
-    folded = _folded(model, name, untie)
+    prefix, owner, registry = find_adapter(model, name)
+    folded = _folded(model, name, untie, dequantize)
+    made = make_plain(model) if dequantize else {}
+    folded = folded.in_place_of({id(packed): own for packed, own in made.values()})
     for tensor, value in folded.values:
         _write(tensor, value)
+    # Once no adapter is left, they train as the plain weights that they are.
+    start = f"{prefix}." if prefix else ""
+    registry.trained_before |= {key.removeprefix(start) for key in made if key.startswith(start)}
     _untie(model, folded)
     remove(owner, name)
 
@@ -78,20 +86,25 @@ class _Folded:
     untied: dict[str, tuple[Tensor, Tensor]]
     """Every name that gets a tensor of its own: the one that it has now, and the new value."""
 
+    def in_place_of(self, plain: Mapping[int, Tensor]) -> "_Folded":
+        """The same with the tensors ``plain`` in place of those with these ids."""
+        values = [(plain.get(id(tensor), tensor), value) for tensor, value in self.values]
+        return _Folded(values, {name: (plain.get(id(t), t), value) for name, (t, value) in self.untied.items()})
+
 
 @torch.no_grad()
-def _folded(model: nn.Module, name: str, untie: bool) -> _Folded:
+def _folded(model: nn.Module, name: str, untie: bool, dequantize: bool = False) -> _Folded:
     """What changes where. Nothing is written."""
     prefix, owner, registry = find_adapter(model, name)
     registry.check_settled()
-    places = _places(model)
+    places, plain = _places(model), plain_dtype(model) if dequantize else None
     tensors: dict[int, Tensor] = {}
     written: dict[int, dict[str, tuple[str, Tensor]]] = {}  # of each tensor: where it changes; by which host; to what
     for path, adapters in _by_host(registry, name).items():
         host = owner.get_submodule(path)
         registry.slots[path].restore(host)
         before = {key: tensor for key, tensor in base_tensors(host)}
-        values = _Widened(before)
+        values = _Widened(before, host, dequantize)
         changed: dict[str, Tensor] = {}
         try:
             for adapter in _in_order(adapters):
@@ -103,14 +116,15 @@ def _folded(model: nn.Module, name: str, untie: bool) -> _Folded:
             raise NotMergeableError(f"{method} on '{path}' cannot be merged: {error}") from error
         for key, value in changed.items():
             tensor, where = before[key], ".".join(part for part in (prefix, path, key) if part)
+            dtype = (plain or value.dtype) if is_quantised(tensor) else tensor.dtype
             if isinstance(host, nn.Embedding) and host.max_norm is not None:
                 raise NotMergeableError(
                     f"'{path}' renormalises the rows it looks up (max_norm), so it would rescale merged rows: keep the "
                     "adapter unmerged, or leave that layer out (exclude_modules)."
                 )
-            if not torch.isfinite(value.to(tensor.dtype)).all():
+            if not torch.isfinite(value.to(dtype)).all():
                 raise NotMergeableError(
-                    f"Merging {name!r} into '{where}' gives values that are not finite in {tensor.dtype}. "
+                    f"Merging {name!r} into '{where}' gives values that are not finite in {dtype}. "
                     "Check the adapter's weights, or merge into a copy of the base in a wider dtype."
                 )
             tensors[id(tensor)] = tensor
@@ -162,12 +176,19 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
 class _Widened(dict[str, Tensor]):
     """A host's tensors, each converted to at least fp32 when it is first read."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], host: nn.Module, dequantize: bool) -> None:
         super().__init__()
-        self._tensors = tensors
+        self._tensors, self._host, self._dequantize = tensors, host, dequantize
 
     def __missing__(self, key: str) -> Tensor:
         tensor = self._tensors[key]
+        if is_quantised(tensor) and (weight := quantised(self._host, key)):
+            if not self._dequantize:
+                raise NotMergeableError(
+                    f"'{key}' is quantised ({weight.scheme}): load the adapter on the unquantised base and merge "
+                    "there, or let merge(dequantize=True) make every quantised layer a plain one."
+                )
+            tensor = weight.dequantise()
         if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
             raise NotMergeableError(
                 f"'{key}' is quantised ({tensor.dtype}): load the adapter on the unquantised base and merge there."

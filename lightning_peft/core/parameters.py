@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_peft.core.hosts import find_hosts
 from lightning_peft.core.norms import is_norm
+from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.saved import readers
 
 KINDS = ("weight", "bias", "norm", "embedding")
@@ -91,4 +92,4 @@ def _kinds(module: nn.Module, leaf: str, tensor: nn.Parameter, tables: set[int])
         kinds.add("norm")
     if id(tensor) in tables:
         kinds.add("embedding")
-    return frozenset(kinds or ({"weight"} if tensor.dim() > 1 else ()))
+    return frozenset(kinds or ({"weight"} if tensor.dim() > 1 or is_quantised(tensor) else ()))

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from lightning_peft.core.quantised import packed_sizes
 from lightning_peft.core.registry import registries
 from lightning_peft.core.saved import SavedParameters
 from lightning_peft.core.slots import AdapterSlots, base_modules
@@ -51,7 +52,7 @@ class Report:
     trainable: int
     """Parameters that train."""
     total: int
-    """All parameters, adapters included."""
+    """All parameters, adapters included; of a quantised weight the numbers that it stands for."""
 
     @property
     def share(self) -> float:
@@ -113,17 +114,17 @@ def report(model: nn.Module) -> Report:
                 hosts.append(HostRow(_join(prefix, path), kinds[path], name, kind, trainable))
             left_out += [(_join(prefix, path), reason) for path, reason in attachment.left_out]
             saved.update(_join(prefix, path) for path in attachment.saved)
-    parameters = list(model.parameters())
+    parameters, packed = list(model.parameters()), packed_sizes(model)
     return Report(
         hosts=tuple(hosts),
-        parts=tuple(_parts(model, {row.host for row in hosts}, saved)),
+        parts=tuple(_parts(model, {row.host for row in hosts}, saved, packed)),
         left_out=tuple(left_out),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(p.numel() for p in parameters),
+        total=sum(packed.get(id(p), p.numel()) for p in parameters),
     )
 
 
-def _parts(model: nn.Module, adapted: set[str], saved: set[str]) -> Iterator[PartRow]:
+def _parts(model: nn.Module, adapted: set[str], saved: set[str], packed: dict[int, int]) -> Iterator[PartRow]:
     """The outermost parts of the base: the children of the first module that has more than one with parameters."""
     path, children = "", _children(model)
     while len(children) == 1 and len(_children(children[0][1])) > 0:
@@ -136,7 +137,7 @@ def _parts(model: nn.Module, adapted: set[str], saved: set[str]) -> Iterator[Par
         inside = [host for host in adapted if host == part or host.startswith(f"{part}.")]
         whole = any(part == top or part.startswith(f"{top}.") for top in saved)
         state = "trained whole" if whole else "frozen, adapted" if inside else "frozen"
-        yield PartRow(part, sum(p.numel() for p in own.values()), state)
+        yield PartRow(part, sum(packed.get(id(p), p.numel()) for p in own.values()), state)
 
 
 def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -13,6 +13,7 @@ from lightning_peft.core.adapter import WeightAdapter, adapter_dtype
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import read_parameters
 from lightning_peft.core.method import Placement
+from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.slots import base_modules
 from lightning_peft.core.targets import match_modules
@@ -33,6 +34,8 @@ class TunedParameters(WeightAdapter):
         """
         super().__init__()
         self.names = read_parameters(host) if names is None else tuple(names)
+        # Quantised layers cast their bias where it lies, which must not narrow the copy that trains.
+        self._lent = any(is_quantised(p) for p in host._parameters.values() if p is not None)
         self._places: dict[str, str] = {}
         for path in self.names:
             own = path.replace(".", "_")  # "out_proj.weight" cannot be the name of a parameter
@@ -47,7 +50,7 @@ class TunedParameters(WeightAdapter):
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         own: Tensor = getattr(self, self._places[name])
-        return own.to(weight.dtype)
+        return own.view_as(own).to(weight.dtype) if self._lent else own.to(weight.dtype)
 
     def copies(self) -> dict[str, Tensor]:
         """The copies by the names that the base's own have."""
@@ -82,17 +85,27 @@ def trainable_copy(tensor: Tensor, name: str, copies: Copies | None = None) -> n
     Raises:
         NotApplicableError: the parameter is quantised, complex, or not there yet (a lazy layer).
     """
-    if isinstance(tensor, UninitializedParameter):
-        raise NotApplicableError(f"'{name}' has no values yet (a lazy layer). Run one batch through the model first.")
-    if not tensor.is_floating_point():
-        raise NotApplicableError(
-            f"'{name}' cannot be trained: it is {tensor.dtype}, as after quantisation. Leave it out, or train an "
-            "adapter beside it (LoRA)."
-        )
+    check_trainable(tensor, name)
     copies = {} if copies is None else copies
     if id(tensor) not in copies:
         copies[id(tensor)] = nn.Parameter(tensor.detach().to(adapter_dtype(tensor), copy=True))
     return copies[id(tensor)]
+
+
+def check_trainable(tensor: Tensor, name: str) -> None:
+    """Raise unless a copy of ``tensor`` could train.
+
+    Raises:
+        NotApplicableError: it is quantised, complex, or not there yet (a lazy layer).
+    """
+    if isinstance(tensor, UninitializedParameter):
+        raise NotApplicableError(f"'{name}' has no values yet (a lazy layer). Run one batch through the model first.")
+    packed = is_quantised(tensor)
+    if packed or not tensor.is_floating_point():
+        raise NotApplicableError(
+            f"'{name}' cannot be trained: it is {type(tensor).__name__ if packed else tensor.dtype}, as after "
+            "quantisation. Leave it out, or train an adapter beside it (LoRA)."
+        )
 
 
 def resolve_saved(model: nn.Module, modules_to_save: list[str] | str | None) -> list[str]:

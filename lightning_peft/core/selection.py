@@ -12,7 +12,7 @@ from lightning_peft.core.hosts import find_hosts
 from lightning_peft.core.method import Placement, TargetedMethod
 from lightning_peft.core.parameters import COMPONENTS, BaseParameter, count, find_parameters, inside, outside
 from lightning_peft.core.roles import ROLES, find_roles
-from lightning_peft.core.saved import Copies, TunedParameters, trainable_copy
+from lightning_peft.core.saved import Copies, TunedParameters, check_trainable, trainable_copy
 from lightning_peft.core.targets import each_pattern, match_names, matches_end, narrow
 from lightning_peft.errors import NotApplicableError, TargetError, did_you_mean
 
@@ -37,7 +37,7 @@ def select_parameters(
         names: suffixes or regular expressions for the ends of the parameters' names; None for all.
 
     Raises:
-        NotApplicableError: the model has no parameter of these kinds, or a named layer has none.
+        NotApplicableError: the model has no parameter of these kinds, or a named layer has none, or one is quantised.
         TargetError: a pattern or an index matches nothing, or nothing is left.
     """
     scope = _Scope(model, saved, method)
@@ -71,6 +71,9 @@ def select_parameters(
             f"exclude_modules={method.exclude_modules!r}, layers={method.layers!r}"
             f"{'' if names is None else f' or parameters={list(names)!r}'}."
         )
+    for p in scope.free:
+        if p in result:
+            check_trainable(p.tensor, p.full_name)
     tied = {id(p.tensor) for p in result if p.part is None}
     return [p for p in scope.free if p in result or (p in scope and p.part is None and id(p.tensor) in tied)]
 

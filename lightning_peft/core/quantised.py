@@ -1,0 +1,254 @@
+"""Quantised weights, seen as what they stand for.
+
+Other packages keep a quantised weight as a tensor of another dtype, of another shape even, and what belongs to it in
+other places. A new quantisation is one function registered with :func:`reads`, which makes a :class:`Quantised` of it;
+nothing is imported here, since a model that has such a weight has loaded its package.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.heads import pretrained_models
+from lightning_peft.core.slots import AdapterSlots
+from lightning_peft.optional import bitsandbytes_functions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """One quantised weight of a module, as the plain weight that it stands for."""
+
+    scheme: str
+    """What users call it: ``"nf4"``."""
+    shape: torch.Size
+    dequantise: Callable[[], Tensor]
+    """The plain weight, made anew."""
+    error: Callable[[], Tensor]
+    """How far each entry may lie from where it was before it was quantised; broadcasts to ``shape``."""
+    beside: frozenset[str] = frozenset()
+    """Names in the module's state dict of what belongs to the weight."""
+    attributes: tuple[str, ...] = ()
+    """Attributes of the module that only the quantisation needs."""
+
+
+Reader = Callable[[nn.Module, str, Any], Quantised | None]
+_Reader = TypeVar("_Reader", bound=Reader)
+_READERS: dict[str, Reader] = {}
+
+
+def reads(tensor_class: str) -> Callable[[_Reader], _Reader]:
+    """Register ``reader(module, name, weight)`` for weights of a class, given by its module and name.
+
+    The reader returns None for a weight that is not quantised, or not yet.
+    """
+
+    def register(reader: _Reader) -> _Reader:
+        _READERS[tensor_class] = reader
+        return reader
+
+    return register
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is of a class that keeps quantised weights."""
+    return _reader(type(tensor)) is not None
+
+
+def quantised(module: nn.Module, name: str = "weight") -> Quantised | None:
+    """The weight ``name`` of ``module``, a path, if it is quantised; else None."""
+    owner, _, leaf = name.rpartition(".")
+    module = module.get_submodule(owner)
+    weight = module._parameters.get(leaf)
+    reader = None if weight is None else _reader(type(weight))
+    return reader(module, leaf, weight) if reader else None
+
+
+def plain_weight(module: nn.Module, name: str = "weight") -> Tensor:
+    """The weight ``name`` of ``module``, a path, as numbers: dequantised if it is quantised, else itself."""
+    found = quantised(module, name)
+    return found.dequantise() if found else module.get_parameter(name)
+
+
+def quantised_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quantised]]:
+    """Every quantised weight of ``model``: path of its module, the module, its name, and what it is.
+
+    A module that is reached twice comes twice, as in ``model.state_dict()``.
+    """
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, AdapterSlots):
+            for name in module._parameters:
+                if found := quantised(module, name):
+                    yield path, module, name, found
+
+
+def packed_sizes(model: nn.Module) -> dict[int, int]:
+    """How many numbers each quantised weight stands for, by the ``id`` of the tensor that holds them."""
+    return {id(module._parameters[name]): w.shape.numel() for _, module, name, w in quantised_weights(model)}
+
+
+def plain_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype that most of the base's numbers have, the quantised ones left out; None if all are quantised."""
+    counts: dict[torch.dtype, int] = {}
+    pending = [model]
+    while pending:
+        module = pending.pop()
+        if isinstance(module, AdapterSlots):
+            continue
+        pending += module.children()
+        own = [p for p in module._parameters.values() if p is not None]
+        if not any(is_quantised(p) for p in own):  # a quantised layer casts its bias to whatever it is called with
+            for p in own:
+                if p.is_floating_point():
+                    counts[p.dtype] = counts.get(p.dtype, 0) + p.numel()
+    return max(counts, key=counts.__getitem__) if counts else None
+
+
+@torch.no_grad()
+def make_plain(model: nn.Module) -> dict[str, tuple[Tensor, nn.Parameter]]:
+    """Make every quantised layer of ``model`` one of torch's own, with its dequantised weight.
+
+    The layers stay the same objects, so that hooks and adapters on them stay as well. Their dtype is that of the rest
+    of the base; where nothing else has one, the one that the quantisation gives.
+
+    Returns:
+        The quantised tensors and the plain ones, by name.
+    """
+    dtype = plain_dtype(model)
+    made: dict[str, tuple[Tensor, nn.Parameter]] = {}
+    plain: dict[int, nn.Parameter] = {}
+    for path, module, name, weight in list(quantised_weights(model)):
+        held = module._parameters[name]
+        assert held is not None
+        if id(held) not in plain:
+            values = weight.dequantise()
+            plain[id(held)] = nn.Parameter(values.to(dtype or values.dtype), requires_grad=False)
+        made[f"{path}.{name}" if path else name] = held, plain[id(held)]
+        become_plain(module, weight)
+        module._parameters[name] = plain[id(held)]  # at the same place among the others
+        for other in module._parameters.values():
+            if other is not None and other.is_floating_point():  # the bias
+                other.data = other.data.to(plain[id(held)].dtype)
+    for _, pretrained in pretrained_models(model) if made else ():
+        if quantizer := getattr(pretrained, "hf_quantizer", None):
+            quantizer.remove_quantization_config(pretrained)
+    return made
+
+
+def become_plain(module: nn.Module, weight: Quantised) -> None:
+    """Make ``module`` one of torch's own but for its ``weight``, which stays as it is."""
+    for attribute in weight.attributes:
+        vars(module).pop(attribute, None)
+    for name in weight.beside:
+        module._buffers.pop(name, None)
+    own = next(kind for kind in type(module).__mro__ if kind.__module__.startswith("torch.nn."))
+    if own is type(module):
+        return
+    module.__class__ = own
+    # What rearranges a state dict for the quantised layer; a frozen base's own hook stays.
+    hooks = module._load_state_dict_pre_hooks
+    for key, hook in list(hooks.items()):
+        if not str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("lightning_peft."):
+            del hooks[key]
+
+
+def _reader(kind: type) -> Reader | None:
+    if kind is nn.Parameter or kind is Tensor:
+        return None
+    names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
+    return next((_READERS[name] for name in names if name in _READERS), None)
+
+
+# bitsandbytes --------------------------------------------------------------------------------------------------------
+
+
+@reads("bitsandbytes.nn.modules.Params4bit")
+def _four_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
+    if weight.quant_state is None:  # it is quantised when it is moved to its device
+        return None
+    bnb, weight_shape = bitsandbytes_functions(), torch.Size(weight.quant_state.shape)
+
+    def state() -> Any:
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            module.state_dict()  # in eval some CPUs get another order of the bits, which is undone here
+        return weight.quant_state
+
+    def error() -> Tensor:
+        found = state()
+        levels, scales, more = found.code.sort().values, found.absmax, 0.0
+        if found.nested:  # the scales are quantised themselves
+            scales = bnb.dequantize_blockwise(scales, found.state2) + found.offset
+            more = 0.5 * found.state2.code.sort().values.diff().max() * found.state2.absmax.max()
+        each: Tensor = 0.5 * levels.diff().max() * scales.float() + more
+        return each.repeat_interleave(found.blocksize)[: weight_shape.numel()].view(weight_shape)
+
+    def dequantise() -> Tensor:
+        found = state()  # first: it may write the weight anew
+        plain: Tensor = bnb.dequantize_4bit(weight.data, found)
+        return plain
+
+    scheme = str(weight.quant_state.quant_type)
+    parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"quant_state.bitsandbytes__{scheme}")
+    return Quantised(
+        scheme=scheme,
+        shape=weight_shape,
+        dequantise=dequantise,
+        error=error,
+        beside=frozenset(f"{name}.{part}" for part in parts),
+        attributes=(
+            "compute_dtype",
+            "compute_type_is_set",
+            "quant_state",
+            "quant_storage",
+            "support_avx512bf16_for_cpu",
+        ),
+    )
+
+
+@reads("bitsandbytes.nn.modules.Int8Params")
+def _eight_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
+    if weight.dtype != torch.int8:  # not yet, or only while it computes
+        return None
+
+    def scales() -> Tensor:
+        held = weight.SCB if weight.SCB is not None else vars(module)["state"].SCB  # from the first forward on
+        rows: Tensor = held.to(weight.device, torch.float32)
+        return rows.unsqueeze(1) / 127
+
+    return Quantised(
+        scheme="int8",
+        shape=weight.shape,
+        dequantise=lambda: weight.detach() * scales(),
+        error=lambda: 0.6 * scales(),  # of half a step, and of the cast to fp16 before
+        beside=frozenset(("SCB", "weight_format")),
+        attributes=("state", "index"),
+    )
+
+
+# torchao -------------------------------------------------------------------------------------------------------------
+
+
+@reads("torchao.utils.TorchAOBaseTensor")
+def _tensor_subclass(module: nn.Module, name: str, weight: Any) -> Quantised:
+    return Quantised(
+        scheme=type(weight).__name__,
+        shape=weight.shape,
+        dequantise=weight.dequantize,
+        # Whatever the class, it has no fewer levels than four bits give.
+        error=lambda: weight.dequantize().abs().amax() / 6,
+        attributes=("extra_repr",),
+    )
+
+
+@reads("torchao.quantization.Int8Tensor")
+@reads("torchao.quantization.IntxUnpackedToInt8Tensor")
+def _whole_steps(module: nn.Module, name: str, weight: Any) -> Quantised:
+    def error() -> Tensor:
+        step: Tensor = weight.scale.float()
+        for dim, size in enumerate(weight.block_size):
+            step = step.repeat_interleave(size, dim)
+        return step  # a whole one: the outermost value may have been cut off
+
+    return replace(_tensor_subclass(module, name, weight), error=error)
