@@ -35,7 +35,7 @@ class NibbleLinear(nn.Linear):
         return (numbers.float() - 7) * self.step
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.values().to(x.dtype), self.bias.to(x.dtype))
+        return nn.functional.linear(x, self.values().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 @reads(f"{Nibbles.__module__}.{Nibbles.__qualname__}")

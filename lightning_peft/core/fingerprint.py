@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.names import plain_name
-from lightning_peft.core.quantised import Quantised, quantised_weights
+from lightning_peft.core.quantised import Quantised, is_quantised, perhaps_rounded, quantised_weights
 from lightning_peft.core.registry import registries
 from lightning_peft.errors import BaseMismatchError, CheckpointError, did_you_mean
 
@@ -37,8 +37,10 @@ def base_tensors(model: nn.Module, within: str = "", saved: Sequence[str] | None
             plain_name(f"{dot}{path}.") for attachment in registry.attachments.values() for path in attachment.saved
         ]
     weights: dict[str, Quantised] = {}
-    for path, _, name, weight in quantised_weights(model):
+    for path, module, name, weight in quantised_weights(model):
         dot = f"{path}." if path else ""
+        biases = {other: p for other, p in module._parameters.items() if p is not None and not is_quantised(p)}
+        weights |= {dot + other: perhaps_rounded(p) for other, p in biases.items()}
         weights[dot + name] = weight
         left_out.update(dot + key for key in weight.beside)
     start = f"{within}." if within else ""

@@ -78,10 +78,21 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Q
     A module that is reached twice comes twice, as in ``model.state_dict()``.
     """
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, AdapterSlots):
-            for name in module._parameters:
-                if found := quantised(module, name):
-                    yield path, module, name, found
+        for name, weight in module._parameters.items():
+            # Nearly all are plain parameters, and loading and reporting wait for this.
+            if type(weight) is not nn.Parameter and weight is not None and (found := quantised(module, name)):
+                yield path, module, name, found
+
+
+def perhaps_rounded(bias: Tensor) -> Quantised:
+    """What lies beside a quantised weight, as one: layers cast it, where it lies, to the dtype they are called with."""
+    values = bias.detach()
+    return Quantised(
+        scheme=str(bias.dtype).removeprefix("torch."),
+        shape=bias.shape,
+        dequantise=lambda: values,
+        error=lambda: values.abs() * torch.finfo(torch.bfloat16).eps,
+    )
 
 
 def packed_sizes(model: nn.Module) -> dict[int, int]:

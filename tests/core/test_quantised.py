@@ -5,11 +5,13 @@ import pickle
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from perturbation import adapted, perturb
 from quantising import OWN, PACKAGES, quantise
 from snapshot import Snapshot
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import (
     IA3,
@@ -26,6 +28,7 @@ from lightning_peft import (
 )
 from lightning_peft.core.method import Method
 from lightning_peft.core.quantised import plain_weight, quantised_weights
+from lightning_peft.core.residuals import find_sublayers
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, NotMergeableError
 
 LORA = LoRA(r=3, target_modules=["0", "2"])
@@ -134,6 +137,21 @@ def test_an_adapter_of_other_weights_is_refused(net, plain, scheme, on_plain, tm
         load_adapter(other, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize("width", [32, 64])
+def test_a_weight_may_be_quantised_the_other_way_round(width, tmp_path: Path) -> None:
+    turned, plain = nn.Sequential(Conv1D(width, 32)), nn.Sequential(nn.Linear(32, width), nn.Linear(1, 1))
+    with torch.no_grad():
+        plain[0].weight.copy_(turned[0].weight.T)
+        plain[0].bias.copy_(turned[0].bias)
+    net = quantise(plain, OWN)[:1]
+    save_adapter(adapted(turned, LoRA(r=3)), tmp_path / "adapter")
+    load_adapter(net, tmp_path / "adapter")
+    assert torch.equal(net[0].peft.default.lora_B, turned[0].peft.default.lora_B)
+    other = quantise(nn.Sequential(nn.Linear(32, width), nn.Linear(1, 1)), OWN)[:1]
+    with pytest.raises(BaseMismatchError, match=r"the weights of '0\.weight' differ"):
+        load_adapter(other, tmp_path / "adapter")
+
+
 def test_the_adapter_alone_loads_strictly(net, x) -> None:
     source, target = adapted(copy.deepcopy(net), LORA), net
     inject(target, LORA)
@@ -180,6 +198,17 @@ def test_other_adapters_stay_when_one_is_merged(net, x) -> None:
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_tied_quantised_weight_is_merged_when_it_may_be_untied(x) -> None:
+    net = quantise(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 8)), OWN)
+    net[2].weight, net[2].step = net[0].weight, net[0].step
+    expected, other = adapted(net, LoRA(target_modules=["0"]))(x), plain_weight(net[2])
+    with pytest.raises(NotMergeableError, match="tied"):
+        merge(net, dequantize=True)
+    merge(net, dequantize=True, untie=True)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(net[2].weight, other)
+
+
 def test_a_merge_that_fails_leaves_the_model_quantised(net) -> None:
     adapted(net, LORA)[2].peft.default.lora_A.data.fill_(float("inf"))
     before = Snapshot(net)
@@ -224,6 +253,14 @@ def test_copies_compute_the_same(net, x, scheme) -> None:
     assert torch.equal(copy.deepcopy(net)(x), expected)
     if not scheme.startswith("torchao"):  # it leaves a function on the layer that Python cannot pickle
         assert torch.equal(pickle.loads(pickle.dumps(net))(x), expected)
+
+
+def test_blocks_are_told_apart_as_in_the_plain_model() -> None:
+    plain = tiny_models.llama()
+    found = find_sublayers(plain)
+    assert found
+    assert all(sublayer.pre is not None for sublayer in found)
+    assert find_sublayers(quantise(plain, OWN)) == found
 
 
 def test_four_bits_in_the_order_that_some_cpus_get_in_eval_are_read() -> None:
