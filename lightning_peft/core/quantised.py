@@ -137,7 +137,7 @@ def make_plain(model: nn.Module) -> dict[str, tuple[Tensor, nn.Parameter]]:
             values = weight.dequantise()
             plain[id(held)] = nn.Parameter(values.to(dtype or values.dtype), requires_grad=False)
         made[f"{path}.{name}" if path else name] = held, plain[id(held)]
-        become_plain(module, weight)
+        _become_plain(module, weight)
         module._parameters[name] = plain[id(held)]  # at the same place among the others
         for other in module._parameters.values():
             if other is not None and other.is_floating_point():  # the bias
@@ -148,7 +148,7 @@ def make_plain(model: nn.Module) -> dict[str, tuple[Tensor, nn.Parameter]]:
     return made
 
 
-def become_plain(module: nn.Module, weight: Quantised) -> None:
+def _become_plain(module: nn.Module, weight: Quantised) -> None:
     """Make ``module`` one of torch's own but for its ``weight``, which stays as it is."""
     for attribute in weight.attributes:
         vars(module).pop(attribute, None)

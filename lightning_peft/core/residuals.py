@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_peft.core.blocks import PROJECTIONS, Block, find_blocks
 from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.norms import find_norms
-from lightning_peft.core.quantised import become_plain, plain_dtype, quantised_weights
+from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.tensors import first_input, first_output
 
 
@@ -49,8 +49,7 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
     hosts = {host.name: host for host in find_hosts(model)}
     norms = find_norms(model)
     # What copies have in place of the model's tensors.
-    dtype, shapes = plain_dtype(model), {id(m._parameters[n]): w.shape for _, m, n, w in quantised_weights(model)}
-    weightless = {id(t): _weightless(t, shapes.get(id(t)), dtype) for t in (*model.parameters(), *model.buffers())}
+    weightless = {id(t): _weightless(t) for t in (*model.parameters(), *model.buffers())}
     found: list[Sublayer] = []
     for block in find_blocks(list(hosts.values())):
         path = block.path
@@ -167,16 +166,14 @@ class _Look:
         # Whatever else the block wants, it wants it later; and if not, what it would have done stays unknown.
         with suppress(Exception):
             twin = copy.deepcopy(block, dict(weightless)).eval()
-            for path, _, _, weight in quantised_weights(block):
-                become_plain(twin.get_submodule(path), weight)
             for module in twin.modules():
                 module._forward_pre_hooks.clear()
                 module._forward_hooks.clear()
             for name, below in self.names.items():
                 twin.get_submodule(below).register_forward_pre_hook(self._enter(name), with_kwargs=True)
                 twin.get_submodule(below).register_forward_hook(self._leave(name))
-            first = next(twin.parameters())
-            dtype = first.dtype if first.is_floating_point() else torch.float32
+            weight = next(twin.parameters())
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
             stream = torch.empty(1, 2, width, device="meta", dtype=dtype)
             one = torch.empty(1, 1, 1, device="meta", dtype=dtype)
             known: dict[str, Any] = {"position_embeddings": (one, one)}
@@ -210,10 +207,9 @@ class _Look:
         return hook
 
 
-def _weightless(tensor: Tensor, shape: torch.Size | None, dtype: torch.dtype | None) -> Any:
-    """An empty one on the meta device; in place of a quantised weight, one of its ``shape``."""
-    if shape is None:
-        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+def _weightless(tensor: Tensor) -> Any:
+    if is_quantised(tensor):  # which need not know empty_like
+        empty = torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
     else:
-        empty = torch.empty(shape, device="meta", dtype=dtype)
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty

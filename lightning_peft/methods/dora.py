@@ -23,6 +23,7 @@ from lightning_peft.core.fused_dora import plain_rescaled, rescaled_update
 from lightning_peft.core.hosts import Host, Layout, TransposedLayout
 from lightning_peft.core.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
 from lightning_peft.core.low_rank_rows import ByRow
+from lightning_peft.core.quantised import is_quantised, plain_weight
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.core.rows import Places
 from lightning_peft.errors import NotApplicableError
@@ -38,13 +39,14 @@ class DoRA(LowRankMethod):
 
     Raises:
         ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
-        NotApplicableError: a layer's weight is quantised: its norm cannot be had.
+        NotApplicableError: a layer's weight is quantised in a way that is not known: its norm cannot be had.
     """
 
     peft_marks: ClassVar[Mapping[str, Any]] = {"use_dora": True}
 
     def build(self, host: Host) -> Adapter:
-        weight, shape = host.weight, (host.layout.out_features, host.layout.in_features)
+        weight = plain_weight(host.module, host.parameter) if is_quantised(host.weight) else host.weight
+        shape = host.layout.out_features, host.layout.in_features
         known = weight.is_floating_point() and weight.dtype.itemsize > 1
         if not known or host.layout.matrix(weight).shape != shape:
             raise NotApplicableError(
@@ -66,7 +68,7 @@ class _Magnitude(LowRankFactors):
 
     def __init__(self, host: Host, *args: Any) -> None:
         super().__init__(host, *args)
-        matrix = host.layout.matrix(host.weight.detach())
+        matrix = host.layout.matrix(plain_weight(host.module, host.parameter).detach())
         self.lora_magnitude_vector = nn.Parameter(_squares(matrix, adapter_dtype(matrix)).sqrt())  # (out,)
 
     def low_rank(self) -> LowRank | None:
@@ -105,6 +107,8 @@ class DoRAOutput(_Magnitude, LowRankOutput):
     def norm(self) -> Tensor:
         """The norm of each output's weights with the update in them, (out,)."""
         weight: Tensor = self._host[0].weight  # type: ignore[assignment]
+        if is_quantised(weight):
+            weight = plain_weight(self._host[0])
         a, b, s = self.lora_A, self.lora_B, self.scale
         matrix = self.layout.matrix(weight)
         with torch.autocast(weight.device.type, enabled=False):

@@ -17,6 +17,7 @@ from lightning_peft import (
     IA3,
     BitFit,
     BottleneckAdapter,
+    DoRA,
     LoRA,
     SelectiveTuning,
     inject,
@@ -31,7 +32,7 @@ from lightning_peft.core.quantised import plain_weight, quantised_weights
 from lightning_peft.core.residuals import find_sublayers
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, NotMergeableError
 
-LORA = LoRA(r=3, target_modules=["0", "2"])
+LORA, DORA = LoRA(r=3, target_modules=["0", "2"]), DoRA(r=3, target_modules=["0", "2"])
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_report_counts_what_weights_stand_for(net, plain) -> None:
     assert found.parts == expected.parts
 
 
-@pytest.mark.parametrize("method", [LORA, IA3(target_modules=["0", "2"], feedforward_modules=["2"])])
+@pytest.mark.parametrize("method", [LORA, DORA, IA3(target_modules=["0", "2"], feedforward_modules=["2"])])
 def test_gradients_are_those_beside_the_plain_weights(net, plain, x, method) -> None:
     twin = _written_out(net, plain)
     gradients = []
@@ -115,10 +116,11 @@ def test_training_leaves_the_base_alone_and_removing_is_exact(net, x, method) ->
     assert torch.equal(net(x), expected)
 
 
+@pytest.mark.parametrize("method", [LORA, DORA])
 @pytest.mark.parametrize("onto_plain", [True, False])
-def test_an_adapter_goes_from_one_base_to_the_other(net, plain, x, onto_plain, tmp_path: Path) -> None:
+def test_an_adapter_goes_from_one_base_to_the_other(net, plain, x, onto_plain, method, tmp_path: Path) -> None:
     source, target = (net, plain) if onto_plain else (plain, net)
-    adapted(source, LORA)
+    adapted(source, method)
     save_adapter(source, tmp_path / "adapter")
     load_adapter(target, tmp_path / "adapter")
     for name, tensor in source.state_dict().items():
@@ -170,7 +172,7 @@ def test_merging_is_refused_unless_it_may_dequantise(net) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "method", [LORA, LoRA(r=3, target_modules=["2"]), IA3(target_modules=["2"]), BitFit(target_modules=["0"])]
+    "method", [LORA, DORA, LoRA(r=3, target_modules=["2"]), IA3(target_modules=["2"]), BitFit(target_modules=["0"])]
 )
 def test_merging_can_make_the_whole_model_plain(net, plain, x, dtype, method: Method) -> None:
     net.to(dtype)
