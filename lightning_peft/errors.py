@@ -62,5 +62,6 @@ class DataError(PEFTError, ValueError):
 def did_you_mean(value: str, known: Iterable[str], limit: int = 3) -> str:
     """Return ``" Did you mean 'a', 'b'?"`` for the names nearest to ``value``, or an empty string."""
     names = {name.lower(): name for name in known}
-    near = [names[name] for name in difflib.get_close_matches(value.lower(), names, n=limit, cutoff=0.6)]
+    alike = [value.lower()] if value.lower() in names else None  # but for capitals it is one of them
+    near = [names[name] for name in alike or difflib.get_close_matches(value.lower(), names, n=limit, cutoff=0.6)]
     return f" Did you mean {', '.join(map(repr, near))}?" if near else ""

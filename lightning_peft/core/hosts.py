@@ -136,6 +136,9 @@ class Host:
         Raises:
             NotApplicableError: it is no parameter but computed from others.
         """
+        own = self.module._parameters.get(self.parameter)
+        if own is not None:  # as nearly always, and faster
+            return own
         try:
             return self.module.get_parameter(self.parameter)
         except AttributeError as error:

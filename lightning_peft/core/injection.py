@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,7 +170,8 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
         if count > 1:
             raise ConfigError(f"{count} adapters of one name on '{placement[0]}': give each a part of its own.")
     for own in placements:
-        _check_weights(model.get_submodule(own.path), own)
+        if isinstance(own.adapter, WeightAdapter):
+            _check_weights(model.get_submodule(own.path), own, own.adapter.names)
     for path in {p.path for p in placements}:
         host = model.get_submodule(path)
         if isinstance(host, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -183,8 +185,8 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
             )
 
 
-def _check_weights(host: nn.Module, placement: Placement) -> None:
-    for name in placement.adapter.names if isinstance(placement.adapter, WeightAdapter) else ():
+def _check_weights(host: nn.Module, placement: Placement, names: Iterable[str]) -> None:
+    for name in names:
         owner, _, leaf = name.rpartition(".")
         weight = host.get_submodule(owner)._parameters.get(leaf)
         if weight is not None and is_quantised(weight):

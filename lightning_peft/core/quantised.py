@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.heads import pretrained_models
-from lightning_peft.core.slots import AdapterSlots
+from lightning_peft.core.slots import AdapterSlots, modules_outside
 from lightning_peft.optional import bitsandbytes_functions
 
 
@@ -79,7 +79,7 @@ def quantised_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Q
     """
     for path, module in model.named_modules(remove_duplicate=False):
         for name, weight in module._parameters.items():
-            # Nearly all are plain parameters, and loading and reporting wait for this.
+            # Nearly all are plain parameters, and loading waits for this.
             if type(weight) is not nn.Parameter and weight is not None and (found := quantised(module, name)):
                 yield path, module, name, found
 
@@ -97,7 +97,12 @@ def perhaps_rounded(bias: Tensor) -> Quantised:
 
 def packed_sizes(model: nn.Module) -> dict[int, int]:
     """How many numbers each quantised weight stands for, by the ``id`` of the tensor that holds them."""
-    return {id(module._parameters[name]): w.shape.numel() for _, module, name, w in quantised_weights(model)}
+    return {
+        id(weight): found.shape.numel()
+        for _, module in modules_outside(model)
+        for name, weight in module._parameters.items()
+        if type(weight) is not nn.Parameter and weight is not None and (found := quantised(module, name))
+    }
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype | None:
