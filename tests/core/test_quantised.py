@@ -265,6 +265,13 @@ def test_blocks_are_told_apart_as_in_the_plain_model() -> None:
     assert find_sublayers(quantise(plain, OWN)) == found
 
 
+def test_an_adapter_that_looks_at_blocks_loads_though_it_is_smaller_than_they_are(tmp_path: Path) -> None:
+    plain = tiny_models.llama(hidden_size=96, intermediate_size=128)
+    save_adapter(adapted(quantise(plain, OWN), BottleneckAdapter(width=1)), tmp_path / "adapter")
+    assert load_adapter(quantise(plain, OWN), tmp_path / "adapter").trainable
+    assert load_adapter(plain, tmp_path / "adapter").trainable
+
+
 def test_four_bits_in_the_order_that_some_cpus_get_in_eval_are_read() -> None:
     functions = pytest.importorskip("bitsandbytes.functional")
     net = quantise(nn.Sequential(nn.Linear(64, 32), nn.Linear(1, 1)), "nf4 double")
