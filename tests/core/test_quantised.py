@@ -266,7 +266,7 @@ def test_blocks_are_told_apart_as_in_the_plain_model() -> None:
 
 
 def test_an_adapter_that_looks_at_blocks_loads_though_it_is_smaller_than_they_are(tmp_path: Path) -> None:
-    plain = tiny_models.llama(hidden_size=96, intermediate_size=128)
+    plain = tiny_models.llama(hidden_size=96, intermediate_size=512)
     save_adapter(adapted(quantise(plain, OWN), BottleneckAdapter(width=1)), tmp_path / "adapter")
     assert load_adapter(quantise(plain, OWN), tmp_path / "adapter").trainable
     assert load_adapter(plain, tmp_path / "adapter").trainable
