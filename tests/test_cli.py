@@ -248,7 +248,7 @@ def test_an_unknown_method_or_field_is_answered_with_those_there_are(config, cap
     with pytest.raises(SystemExit, match="2"):
         main(["fit", f"--config={config}", "--peft.method=LORA"])
     error = capsys.readouterr().err
-    assert "Did you mean 'LoRA'" in error
+    assert "Did you mean 'LoRA'?" in error
     assert error.startswith("usage: ")
     assert len(error.splitlines()) < 20
     with pytest.raises(SystemExit, match="2"):
