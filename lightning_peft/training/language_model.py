@@ -21,8 +21,7 @@ from lightning_peft.training.token_loss import (
     chunked_cross_entropy,
     count_tokens,
     loss_form,
-    splits_by_token,
-    transparent,
+    run_to_head,
 )
 from lightning_peft.training.token_scores import TokenScores
 
@@ -187,12 +186,7 @@ class LanguageModel(PEFTModule):
         return self._known_form
 
     def _hidden(self, inputs: dict[str, Tensor]) -> tuple[nn.Module, Tensor]:
-        """What is left to be run for the logits, and what to run it on."""
-        head = self.model.get_output_embeddings()
-        if self._form() != "chunks" or not splits_by_token(head):
-            return nn.Identity(), self.model(**inputs, use_cache=False).logits
-        with transparent(head):
-            return head, self.model(**inputs, use_cache=False).logits
+        return run_to_head(self.model, inputs, self._form())
 
     def _score(self, batch: dict[str, Any], scores: TokenScores) -> None:
         inputs, _, goals = self.read(batch)

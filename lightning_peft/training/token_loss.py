@@ -4,7 +4,7 @@ The model runs as it is, but its head hands the hidden states on, so whatever su
 away, for one) happens to these. Then the head is run on a few tokens at a time, and only on those that have a label.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -137,6 +137,15 @@ def loss_form(model: Any, shifted: bool) -> LossForm:
     if not any(torch.isclose(output.loss.float(), loss, rtol=1e-5) for loss in expected):
         return "own"
     return "chunks" if len(answers) == 1 and output.logits is answers[0] else "logits"
+
+
+def run_to_head(model: Any, inputs: Mapping[str, Any], form: LossForm) -> tuple[nn.Module, Tensor]:
+    """Run a transformers language model on ``inputs``: what is left to be run for the logits, and what to run it on."""
+    head = model.get_output_embeddings()
+    if form != "chunks" or not splits_by_token(head):
+        return nn.Identity(), model(**inputs, use_cache=False).logits
+    with transparent(head):
+        return head, model(**inputs, use_cache=False).logits
 
 
 def splits_by_token(head: nn.Module) -> bool:
