@@ -12,7 +12,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from lightning_peft import LoRA, inject
-from lightning_peft.core.fused import plain_update, update_
+from lightning_peft.core.fused import plain_update, redrawn_mask, update_
 from lightning_peft.core.hosts import Layout, find_hosts
 
 IN, OUT, R, SCALE = 12, 10, 3, 0.7
@@ -346,3 +346,24 @@ def test_a_product_of_matrices_alone_makes_a_fresh_output() -> None:
         "conv": False,
         "table": False,
     }
+
+
+@pytest.mark.parametrize("dropout", [0.001, 0.1, 0.5, 0.9, 0.9999999])
+def test_a_mask_drops_what_it_should_wherever_and_the_same_again(dropout: float) -> None:
+    shape, like = torch.Size((3, 333, 401)), torch.zeros(())
+    mask = redrawn_mask(shape, like, dropout, 5)
+    assert mask is not None
+    assert mask.shape == (999, 401)
+    assert torch.equal(mask, redrawn_mask(shape, like, dropout, 5))  # type: ignore[arg-type]
+    other = redrawn_mask(shape, like, dropout, 6)
+    assert other is not None
+    keep = 1 - dropout
+    # Within six standard deviations: of all, of each place in a draw of four, of neighbours, of two seeds.
+    for found, p in [
+        (mask, keep),
+        *((mask.flatten()[place::4], keep) for place in range(4)),
+        (mask.flatten()[1:] & mask.flatten()[:-1], keep**2),
+        (mask.flatten()[4:] & mask.flatten()[:-4], keep**2),
+        (mask & other, keep**2),
+    ]:
+        assert abs(float(found.double().mean()) - p) <= 6 * (max(p * (1 - p), 2**-16) / found.numel()) ** 0.5 + 2**-15
