@@ -27,10 +27,11 @@ from lightning_peft.training.callback import PEFTCallback
 from lightning_peft.training.causal_lm import CausalLM
 from lightning_peft.training.classification import TextClassifier
 from lightning_peft.training.files import read_checkpoint
+from lightning_peft.training.forgetting import ForgettingMonitor
 from lightning_peft.training.seq2seq import Seq2SeqLM
 
 # Imported so that their short names work on the command line: --model TextClassifier --data TextClassificationData.
-__all__ = ["PEFTCLI", "CausalLM", "Seq2SeqLM", "TextClassificationData", "TextClassifier", "main"]
+__all__ = ["PEFTCLI", "CausalLM", "ForgettingMonitor", "Seq2SeqLM", "TextClassificationData", "TextClassifier", "main"]
 
 # So that --peft.method.help METHOD shows what each field means.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)

@@ -19,9 +19,9 @@ class Completion(TypedDict):
     """What it should have written, if the data says so."""
 
 
-def completion_table(rows: list[Completion]) -> Table:
+def completion_table(rows: list[Completion], title: str = "Samples") -> Table:
     """Lay out what was written: prompts, what was expected, and what was generated."""
-    table = Table(title="Samples", title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("prompt", "expected", "generated"):
         table.add_column(column, overflow="fold")
     for row in rows:

@@ -31,7 +31,7 @@ class LanguageModel(PEFTModule):
 
     Logs ``train_loss``, and for validation and test ``{val,test}_{loss,accuracy,perplexity}``: the mean over all
     tokens with a label, how many of them come first among all, and the exponential of that loss. A validation ends
-    with a few texts on the screen that the model has written.
+    with a few texts on the screen that the model has written, and so does the sanity check before the first step.
 
     Args:
         model: name or path of the pretrained model.
@@ -132,7 +132,7 @@ class LanguageModel(PEFTModule):
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._score(batch, self.val_scores)
-        if self.trainer.is_global_zero and not self.trainer.sanity_checking:
+        if self.trainer.is_global_zero:
             self._shown += self.examples(batch, self.samples - len(self._shown))
 
     @override
@@ -145,7 +145,8 @@ class LanguageModel(PEFTModule):
         shown, self._shown = self._shown, []
         if shown:
             with self.trainer.precision_plugin.forward_context():
-                rank_zero_only(rich.print)(completion_table(self._complete(shown)))
+                title = "Samples before training" if self.trainer.sanity_checking else "Samples"
+                rank_zero_only(rich.print)(completion_table(self._complete(shown), title))
 
     @override
     def on_test_epoch_end(self) -> None:

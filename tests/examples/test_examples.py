@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_peft import disabled, load_adapter
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,3 +91,47 @@ def test_three_tasks_are_served_from_one_model(workplace):
     assert max(apart) < 1e-5
     small, whole = (int(value.replace(",", "")) for value in re.findall(r": ([\d,]+) bytes", shown))
     assert small * 50 < whole
+
+
+@pytest.fixture
+def language_model(workplace: Path) -> Path:
+    """The folder of the small language model, its questions and articles beside it."""
+    python("examples/assets.py", "--language-model")
+    return workplace / ".cache/smollm2"
+
+
+@pytest.mark.slow
+def test_an_instruction_tuned_adapter_writes_the_same_in_peft(workplace, language_model):
+    shown = python("examples/instruction_tuning.py", "8", folder=workplace, timeout=1200)
+    before, after = (float(value) for value in re.search(r"perplexity: (\S+) before, (\S+) after 8", shown).groups())
+    assert after < 0.9 * before
+    assert "Two test questions" in shown
+    adapter = workplace / "checkpoints/instruction_tuning/adapter"
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(language_model) for _ in range(2))
+    load_adapter(ours, adapter)
+    theirs = peft.PeftModel.from_pretrained(theirs, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    chat = [{"role": "user", "content": "Who answers for safety on a building site?"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    written = [model.eval().generate(**prompt, max_new_tokens=24, do_sample=False) for model in (ours, theirs)]
+    assert torch.equal(*written)
+    with disabled(ours):
+        assert not torch.equal(written[0], ours.generate(**prompt, max_new_tokens=24, do_sample=False))
+
+
+@pytest.mark.slow
+def test_the_experiment_shows_answers_of_before_and_after(workplace, language_model):
+    steps = ("--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.val_check_interval", "2")
+    command = os.fspath(Path(sys.executable).with_name("lightning-peft"))
+    shown = run(command, "fit", "--config", "configs/experiments/instruct_smollm2.yaml", *steps, folder=workplace)
+    assert "Samples before training" in shown
+    assert shown.count("Samples") >= 2
+    assert (workplace / "checkpoints/instruct_smollm2/best.ckpt").stat().st_size < 40e6  # with the optimizer's state
+
+
+@pytest.mark.slow
+def test_forgetting_is_measured_for_three_ways_of_tuning(workplace, language_model):
+    shown = python("examples/forgetting.py", "2", folder=workplace, timeout=1200)
+    change = r"\S+ → \S+ \(\S+%\)"
+    for name in ("full fine-tuning", "LoRA", "prompt tuning"):
+        assert re.search(rf"^│ {name} +│ +[\d,]+ │ +\S+ │ +{change} │ +{change} │", shown, re.MULTILINE)

@@ -224,6 +224,13 @@ def test_samples_are_the_first_rows_and_go_on_from_their_prompts(llama, trainer,
     assert "Samples" in capsys.readouterr().out
 
 
+def test_the_sanity_check_shows_what_the_base_writes(llama, trainer, capsys):
+    trainer(PEFTCallback(LoRA(r=2), show=False), max_epochs=1).fit(CausalLM(llama, max_new_tokens=3), Echo())
+    shown = capsys.readouterr().out
+    assert shown.count("Samples before training") == 1
+    assert shown.count("Samples") == 2
+
+
 def test_examples_of_packed_rows_and_of_texts_without_a_prompt(llama):
     module = CausalLM(llama)
     packed = Echo().packed([([1, 6, ASK], [6, 2]), ([1, 7, ASK], [7, 2])])
