@@ -43,7 +43,7 @@ def main(steps: int) -> None:
         batch_size=8,
         eval_batch_size=2,
     )
-    model = CausalLM(str(smollm2_dir()), max_new_tokens=64, lr=1e-3)
+    model = CausalLM(str(smollm2_dir()), max_new_tokens=64, lr=2e-3)
     tester = L.Trainer(**QUIET, enable_progress_bar=False, limit_predict_batches=1)
     before, first = test(tester, model, data)
 
