@@ -29,22 +29,24 @@ WAYS: dict[str, tuple[Method | None, float]] = {
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 
 
-def tune(method: Method | None, lr: float, steps: int, task: InstructionData) -> tuple[str, str, str]:
-    """Train one way; return how much trained, and how the perplexities of task and articles changed."""
+def tune(method: Method | None, lr: float, steps: int, task: InstructionData) -> tuple[int, float, float, float]:
+    """Train one way; return how much trained, the task's perplexity, and that of the articles before and after."""
     L.seed_everything(0, verbose=False)
     articles = TextData(task.tokenizer, str(wiki_texts()), max_length=256, batch_size=4)
     monitor = ForgettingMonitor(articles, max_batches=5)
     model = CausalLM(task.tokenizer, samples=0, lr=lr)
     callbacks = [PEFTCallback(method, show=False), monitor, RichProgressBar()]
     trainer = L.Trainer(**QUIET, max_epochs=1, limit_train_batches=steps, limit_val_batches=0, callbacks=callbacks)
-    tester = L.Trainer(**QUIET, enable_progress_bar=False)
-    before = tester.test(model, task, verbose=False)[0]["test_perplexity"]
     trainer.fit(model, task)
-    after = tester.test(model, task, verbose=False)[0]["test_perplexity"]
     first, last = monitor.scores[0], monitor.scores[-1]
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    general = change(first.base_perplexity or first.perplexity, last.perplexity)
-    return f"{trained:,}", change(before, after), general
+    return trained, perplexity(model, task), first.base_perplexity or first.perplexity, last.perplexity
+
+
+def perplexity(model: CausalLM, task: InstructionData) -> float:
+    """That of the test answers."""
+    tester = L.Trainer(**QUIET, enable_progress_bar=False)
+    return tester.test(model, task, verbose=False)[0]["test_perplexity"]
 
 
 def change(before: float, after: float) -> str:
@@ -59,9 +61,10 @@ def main(steps: int) -> None:
     table = Table("", title=f"Perplexity before and after {steps} steps")
     for column in ("trained", "lr", "task", "articles"):
         table.add_column(column, justify="right", no_wrap=True)
+    untrained = perplexity(CausalLM(task.tokenizer), task)
     for name, (method, lr) in WAYS.items():
-        trained, gained, lost = tune(method, lr, steps, task)
-        table.add_row(name, trained, f"{lr:g}", gained, lost)
+        trained, tuned, general, left = tune(method, lr, steps, task)
+        table.add_row(name, f"{trained:,}", f"{lr:g}", change(untrained, tuned), change(general, left))
     Console(width=110).print(table)
 
 

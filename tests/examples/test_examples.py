@@ -101,6 +101,7 @@ def language_model(workplace: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 def test_an_instruction_tuned_adapter_writes_the_same_in_peft(workplace, language_model):
     shown = python("examples/instruction_tuning.py", "8", folder=workplace, timeout=1200)
     before, after = (float(value) for value in re.search(r"perplexity: (\S+) before, (\S+) after 8", shown).groups())
