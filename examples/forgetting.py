@@ -1,4 +1,4 @@
-"""What tuning on a narrow task costs elsewhere: `python examples/forgetting.py [STEPS]` (a quarter of an hour).
+"""What tuning on a narrow task costs elsewhere: `python examples/forgetting.py [STEPS [WAY ...]]` (15 minutes).
 
 SmolLM2-135M-Instruct learns 403 questions and answers about building in Sweden, whole, with LoRA, and with prompt
 tuning, for as many steps each, on two CPU cores. What is gained is the perplexity of other such answers; what is lost,
@@ -53,7 +53,7 @@ def change(before: float, after: float) -> str:
     return f"{before:.1f} → {after:.1f} ({after / before - 1:+.0%})"
 
 
-def main(steps: int) -> None:
+def main(steps: int, ways: list[str]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # else each Trainer tells of its devices
     task = InstructionData(
         str(smollm2_dir()), str(faq_pairs()), validation_split=50, test_split=50, max_length=256, batch_size=8
@@ -62,11 +62,12 @@ def main(steps: int) -> None:
     for column in ("trained", "lr", "task", "articles"):
         table.add_column(column, justify="right", no_wrap=True)
     untrained = perplexity(CausalLM(task.tokenizer), task)
-    for name, (method, lr) in WAYS.items():
+    for name in ways:
+        method, lr = WAYS[name]
         trained, tuned, general, left = tune(method, lr, steps, task)
         table.add_row(name, f"{trained:,}", f"{lr:g}", change(untrained, tuned), change(general, left))
     Console(width=110).print(table)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40, sys.argv[2:] or list(WAYS))

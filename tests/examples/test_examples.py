@@ -103,8 +103,8 @@ def language_model(workplace: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # in peft
 def test_an_instruction_tuned_adapter_writes_the_same_in_peft(workplace, language_model):
-    shown = python("examples/instruction_tuning.py", "8", folder=workplace, timeout=1200)
-    before, after = (float(value) for value in re.search(r"perplexity: (\S+) before, (\S+) after 8", shown).groups())
+    shown = python("examples/instruction_tuning.py", "5", folder=workplace, timeout=1200)
+    before, after = (float(value) for value in re.search(r"perplexity: (\S+) before, (\S+) after 5", shown).groups())
     assert after < 0.9 * before
     assert "Two test questions" in shown
     adapter = workplace / "checkpoints/instruction_tuning/adapter"
@@ -131,8 +131,9 @@ def test_the_experiment_shows_answers_of_before_and_after(workplace, language_mo
 
 
 @pytest.mark.slow
-def test_forgetting_is_measured_for_three_ways_of_tuning(workplace, language_model):
-    shown = python("examples/forgetting.py", "2", folder=workplace, timeout=1200)
+def test_forgetting_is_measured_with_and_without_adapters(workplace, language_model):
+    ways = ("full fine-tuning", "LoRA")
+    shown = python("examples/forgetting.py", "1", *ways, folder=workplace, timeout=1200)
     change = r"\S+ → \S+ \(\S+%\)"
-    for name in ("full fine-tuning", "LoRA", "prompt tuning"):
+    for name in ways:
         assert re.search(rf"^│ {name} +│ +[\d,]+ │ +\S+ │ +{change} │ +{change} │", shown, re.MULTILINE)

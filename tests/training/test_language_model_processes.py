@@ -26,4 +26,4 @@ def test_two_processes_train_and_score_as_one(tmp_path: Path) -> None:
         printed.append(done.stdout.count("Samples"))
     assert set(results[0]["scores"]) == {"val_loss", "val_accuracy", "val_perplexity"}
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
-    assert printed == [1, 1]
+    assert printed == [2, 2]  # before the first step, and at the end
