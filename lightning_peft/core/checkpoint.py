@@ -12,10 +12,10 @@ from lightning_peft.core.fingerprint import check_base, check_own_base, fingerpr
 from lightning_peft.core.injection import Injection, inject, plan_injection, remove
 from lightning_peft.core.method import Method
 from lightning_peft.core.names import plain_name
-from lightning_peft.core.peft_format import check_finite
 from lightning_peft.core.registry import registries, registry_of
 from lightning_peft.core.saved import resolve_saved
 from lightning_peft.core.slots import CHILD
+from lightning_peft.core.tensor_checks import check_finite
 from lightning_peft.core.transfer import OWN_NAME, load_own
 from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, did_you_mean
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, OutputAdapter, adapter_dtype
 from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, TransposedLayout
-from lightning_peft.core.method import LayerMethod, Placement, is_number
+from lightning_peft.core.method import Placement, is_number
 from lightning_peft.core.peft_form import CONFIG, PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, exceptions
 from lightning_peft.core.recipes import LowRank, Recipe
+from lightning_peft.core.targeted import LayerMethod
 from lightning_peft.core.targets import matches_end, pattern_value
 from lightning_peft.errors import CheckpointError, ConfigError, NotApplicableError, TargetError
 

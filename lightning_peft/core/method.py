@@ -6,17 +6,15 @@ subclass of :class:`Method`; there is no list to add it to.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.declared import fits, named, shown
-from lightning_peft.core.hosts import Host
 from lightning_peft.core.peft_form import PeftFile, PeftForm
-from lightning_peft.core.targets import ALL_LINEAR, select_hosts
-from lightning_peft.errors import ConfigError, PEFTError, did_you_mean
+from lightning_peft.errors import CheckpointError, ConfigError, PEFTError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,10 @@ class Method(ABC):
         Raises:
             CheckpointError: the file is damaged, or asks for something that is not to be had here.
         """
-        raise NotImplementedError(f"{cls.__name__} names peft_types but does not read them.")
+        raise CheckpointError(
+            f"{cls.__name__} names {file.config.get('peft_type')!r} among its peft_types and has no from_peft to read "
+            "such a file with. Write one, or leave the type out."
+        )
 
     def pointed_at(self, paths: Sequence[str]) -> "Method":
         """This method with the modules ``paths`` in place of its patterns, if it has any."""
@@ -230,71 +231,6 @@ class Method(ABC):
         for name, value in values.items():
             if not fits(value, declared[name]):
                 raise ConfigError(f"{cls.__name__}.{name} must be {named(declared[name])}, not {shown(value)}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetedMethod(Method):
-    """A method that acts on chosen parts of the network."""
-
-    target_modules: list[str] | str | None = None
-    """What to adapt: a list of name suffixes and roles, or one regular expression for whole names; None for the places
-    that the method finds itself. Roles: attention, query, key, value, attention-output, ffn, ffn-output."""
-    exclude_modules: list[str] | str | None = None
-    """Layers to leave alone: name parts (all below is left alone too), roles, or one regular expression."""
-    layers: list[int] | None = None
-    """Indices of the layers to adapt in the outermost numbered container; negative ones count from the end."""
-    modules_to_save: list[str] | str | None = "auto"
-    """Modules trained whole beside the adapters: name suffixes; "auto" finds the task head of a transformers model."""
-
-    def __post_init__(self) -> None:
-        self.check_patterns("target_modules", "exclude_modules", "modules_to_save")
-        self.check_layers()
-
-    def pointed_at(self, paths: Sequence[str]) -> "TargetedMethod":
-        return replace(self, target_modules=list(paths), exclude_modules=None, layers=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerMethod(TargetedMethod):
-    """A method that puts one adapter on each chosen layer."""
-
-    target_modules: list[str] | str | None = None
-    """Layers to adapt: "all-linear" (every linear layer but the task head; None means the same), a list of name
-    suffixes and roles, or one regular expression for whole names. Roles: attention, query, key, value,
-    attention-output, ffn, ffn-output."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.target_modules is None:
-            # Not as the default: jsonargparse hands values of one class on to the next, where it would mean something.
-            object.__setattr__(self, "target_modules", ALL_LINEAR)
-
-    @abstractmethod
-    def build(self, host: Host) -> Adapter:
-        """Build the adapter of one host.
-
-        Raises:
-            ConfigError: a field has a value that this host cannot take, such as a rank above its size.
-            NotApplicableError: the method cannot work on this kind of host.
-        """
-
-    def select(self, model: nn.Module, saved: Sequence[str]) -> list[Host]:
-        """Choose the hosts. Override to check fields that speak of the chosen hosts."""
-        return select_hosts(model, self.target_modules or ALL_LINEAR, self.exclude_modules, self.layers, saved)
-
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        placements, left_out, refusal = [], [], None
-        for host in self.select(model, saved):
-            try:
-                placements.append(Placement(host.path, self.build(host), host.part))
-            except ConfigError as error:
-                if self.target_modules != ALL_LINEAR:  # asked for by name: not ours to drop
-                    raise
-                refusal = error
-                left_out.append((host.name, str(error)))
-        if refusal and not placements:
-            raise refusal
-        return Plan(placements, left_out)
 
 
 def registered_methods(base: type[Method] = Method) -> Iterator[type[Method]]:

@@ -1,12 +1,13 @@
 """Quantised weights, seen as what they stand for.
 
 Other packages keep a quantised weight as a tensor of another dtype, of another shape even, and what belongs to it in
-other places. A new quantisation is one function registered with :func:`reads`, which makes a :class:`Quantised` of it;
-nothing is imported here, since a model that has such a weight has loaded its package.
+other places. What a package does is told in its file in ``quantisations/``, by functions registered with :func:`reads`
+that make a :class:`Quantised` of a weight. A new package is one new file there.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.slots import AdapterSlots, modules_outside
-from lightning_peft.optional import bitsandbytes_functions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,98 +173,6 @@ def _become_plain(module: nn.Module, weight: Quantised) -> None:
 def _reader(kind: type) -> Reader | None:
     if kind is nn.Parameter or kind is Tensor:
         return None
+    import_module("lightning_peft.core.quantisations")  # here, since its files import this one
     names = (f"{base.__module__}.{base.__qualname__}" for base in kind.__mro__)
     return next((_READERS[name] for name in names if name in _READERS), None)
-
-
-# bitsandbytes --------------------------------------------------------------------------------------------------------
-
-
-@reads("bitsandbytes.nn.modules.Params4bit")
-def _four_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
-    if weight.quant_state is None:  # it is quantised when it is moved to its device
-        return None
-    bnb, weight_shape = bitsandbytes_functions(), torch.Size(weight.quant_state.shape)
-
-    def state() -> Any:
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            module.state_dict()  # in eval some CPUs get another order of the bits, which is undone here
-        return weight.quant_state
-
-    def error() -> Tensor:
-        found = state()
-        levels, scales, more = found.code.sort().values, found.absmax, 0.0
-        if found.nested:  # the scales are quantised themselves
-            scales = bnb.dequantize_blockwise(scales, found.state2) + found.offset
-            more = 0.5 * found.state2.code.sort().values.diff().max() * found.state2.absmax.max()
-        each: Tensor = 0.5 * levels.diff().max() * scales.float() + more
-        return each.repeat_interleave(found.blocksize)[: weight_shape.numel()].view(weight_shape)
-
-    def dequantise() -> Tensor:
-        found = state()  # first: it may write the weight anew
-        plain: Tensor = bnb.dequantize_4bit(weight.data, found)
-        return plain
-
-    scheme = str(weight.quant_state.quant_type)
-    parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"quant_state.bitsandbytes__{scheme}")
-    return Quantised(
-        scheme=scheme,
-        shape=weight_shape,
-        dequantise=dequantise,
-        error=error,
-        beside=frozenset(f"{name}.{part}" for part in parts),
-        attributes=(
-            "compute_dtype",
-            "compute_type_is_set",
-            "quant_state",
-            "quant_storage",
-            "support_avx512bf16_for_cpu",
-        ),
-    )
-
-
-@reads("bitsandbytes.nn.modules.Int8Params")
-def _eight_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
-    if weight.dtype != torch.int8:  # not yet, or only while it computes
-        return None
-
-    def scales() -> Tensor:
-        held = weight.SCB if weight.SCB is not None else vars(module)["state"].SCB  # from the first forward on
-        rows: Tensor = held.to(weight.device, torch.float32)
-        return rows.unsqueeze(1) / 127
-
-    return Quantised(
-        scheme="int8",
-        shape=weight.shape,
-        dequantise=lambda: weight.detach() * scales(),
-        error=lambda: 0.6 * scales(),  # of half a step, and of the cast to fp16 before
-        beside=frozenset(("SCB", "weight_format")),
-        attributes=("state", "index"),
-    )
-
-
-# torchao -------------------------------------------------------------------------------------------------------------
-
-
-@reads("torchao.utils.TorchAOBaseTensor")
-def _tensor_subclass(module: nn.Module, name: str, weight: Any) -> Quantised:
-    return Quantised(
-        scheme=type(weight).__name__,
-        shape=weight.shape,
-        dequantise=weight.dequantize,
-        # Whatever the class, it has no fewer levels than four bits give.
-        error=lambda: weight.dequantize().abs().amax() / 6,
-        attributes=("extra_repr",),
-    )
-
-
-@reads("torchao.quantization.Int8Tensor")
-@reads("torchao.quantization.IntxUnpackedToInt8Tensor")
-def _whole_steps(module: nn.Module, name: str, weight: Any) -> Quantised:
-    def error() -> Tensor:
-        step: Tensor = weight.scale.float()
-        for dim, size in enumerate(weight.block_size):
-            step = step.repeat_interleave(size, dim)
-        return step  # a whole one: the outermost value may have been cut off
-
-    return replace(_tensor_subclass(module, name, weight), error=error)

@@ -9,10 +9,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lightning_peft.core.entries import TunedEntries, entries
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import find_hosts
-from lightning_peft.core.method import Placement, TargetedMethod
+from lightning_peft.core.method import Placement
 from lightning_peft.core.parameters import COMPONENTS, BaseParameter, count, find_parameters, inside, outside
 from lightning_peft.core.roles import ROLES, find_roles
 from lightning_peft.core.saved import Copies, TunedParameters, check_trainable, trainable_copy
+from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.core.targets import each_pattern, match_names, matches_end, narrow
 from lightning_peft.errors import NotApplicableError, TargetError, did_you_mean
 

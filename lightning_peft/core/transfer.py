@@ -20,11 +20,12 @@ from lightning_peft.core.injection import Injection, attach, plan_injection
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.names import plain_name
 from lightning_peft.core.parameters import inside
-from lightning_peft.core.peft_format import check_tensor, fill, form_of, from_files, strip, to_files
+from lightning_peft.core.peft_format import fill, form_of, from_files, strip, to_files
 from lightning_peft.core.registry import find_adapter
 from lightning_peft.core.report import Report
 from lightning_peft.core.saved import SavedParameters
 from lightning_peft.core.slots import CHILD, slot_name
+from lightning_peft.core.tensor_checks import check_tensor
 from lightning_peft.errors import AdapterKeyError, CheckpointError, TargetError, did_you_mean
 
 OWN_NAME = "default"

@@ -1,5 +1,6 @@
 """What the data modules for language models share: bad rows and their report, and packing."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,9 +31,9 @@ class LanguageModelData(RowsData):
         self._blocks: list[list[int]] = []
         self._pad_token_id = 0
 
+    @abstractmethod
     def _preparing(self, split: str, source: Source, tokenizer: Any, fresh: str) -> PrepareInstructions | PrepareTexts:
         """Return the function to map over the rows; ``fresh`` is the digest of the tokenizer as it was loaded."""
-        raise NotImplementedError
 
     def _load(self) -> dict[str, Any]:
         tokenizer = load_tokenizer(self.tokenizer)

@@ -1,5 +1,6 @@
 """What the data modules share: options, splits, what a stage needs, and loaders whose order can be resumed."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ _NEEDED = {
 }
 
 
-class RowsData(L.LightningDataModule):
+class RowsData(L.LightningDataModule, ABC):
     """Base of the data modules here: rows by split, read and tokenized once, then batches in a resumable order.
 
     A subclass says in :meth:`_load` what the rows are, and in :meth:`_batching` and :meth:`_lengths` what batches are
@@ -130,13 +131,13 @@ class RowsData(L.LightningDataModule):
         self._require_stage("predict")
         return self._eval_loader("predict" if "predict" in self.splits else "test", predict=True)
 
+    @abstractmethod
     def _load(self) -> "dict[str, Dataset]":
         """Return the tokenized rows by split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
         """Return the data set that a loader indexes, and what makes a batch of its items."""
-        raise NotImplementedError
 
     def _lengths(self) -> Sequence[int] | None:
         """Return the length of each training row for batches of similar length, or None for batches at random."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_peft.core.method import Plan, TargetedMethod
+from lightning_peft.core.method import Plan
 from lightning_peft.core.selection import select_parameters, tune
+from lightning_peft.core.targeted import TargetedMethod
 
 
 @dataclass(frozen=True, kw_only=True)

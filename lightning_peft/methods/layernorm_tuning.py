@@ -13,10 +13,11 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lightning_peft.core.hosts import read_parameters
-from lightning_peft.core.method import Placement, Plan, TargetedMethod
+from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets
 from lightning_peft.core.saved import TunedParameters
 from lightning_peft.core.selection import select_parameters, tune
+from lightning_peft.core.targeted import TargetedMethod
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.entries import TunedEntries, entries
-from lightning_peft.core.method import Placement, Plan, TargetedMethod
+from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.parameters import KINDS, BaseParameter, count, find_parameters, outside
 from lightning_peft.core.saved import trainable_copy
 from lightning_peft.core.selection import places_of, select_parameters, tune
+from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.core.token_rows import find_table, tune_rows
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_peft.core.modes import in_eval
 from lightning_peft.errors import DataError, NotApplicableError
 from lightning_peft.training.completions import labelled_span
 from lightning_peft.training.language_model import LanguageModel, check_whole_rows
@@ -86,18 +87,14 @@ def keeps_texts_apart(model: Any) -> bool:
     device = next(model.parameters()).device
     ids = torch.tensor([[4, 5, 1, 2, 3], [6, 7, 1, 2, 3]], device=device)
     positions = torch.tensor([[0, 1, 0, 1, 2]], device=device).expand_as(ids)
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_eval(model):
             packed, alone = (
-                model.eval().forward(input_ids=ids[:, cut:], position_ids=positions[:, cut:], use_cache=False).logits
+                model.forward(input_ids=ids[:, cut:], position_ids=positions[:, cut:], use_cache=False).logits
                 for cut in (0, 2)
             )
     except TypeError:  # it knows no positions
         return False
-    finally:
-        for module, mode in modes:
-            module.training = mode
     # Rounding alone moves the logits of a large model by a thousandth of what another text would.
     tolerance = max(1e-3, 4 * torch.finfo(packed.dtype).eps) * float(alone.abs().max())
     return bool(torch.allclose(packed[:, 2:], alone, rtol=0, atol=tolerance))

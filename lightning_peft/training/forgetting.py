@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from lightning_peft.core.activation import active_adapters, disabled
 from lightning_peft.core.heads import pretrained_models
+from lightning_peft.core.modes import in_eval
 from lightning_peft.errors import ConfigError
 from lightning_peft.training.token_loss import (
     IGNORED,
@@ -139,18 +140,12 @@ class ForgettingMonitor(L.Callback):
 
     @torch.no_grad()
     def _perplexity(self, trainer: L.Trainer, pl_module: L.LightningModule) -> float:
-        modes = [(module, module.training) for module in self._model.modules()]
         scores = TokenScores().to(pl_module.device)
-        try:
-            self._model.eval()
-            with trainer.precision_plugin.forward_context():
-                for batch in self._batches:
-                    inputs = {name: tensor.to(pl_module.device) for name, tensor in batch.items()}
-                    labels = without_first(inputs.pop("labels"), inputs.get("position_ids"))
-                    scores.update(*count_tokens(*run_to_head(self._model, inputs, self._form), next_tokens(labels)))
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with in_eval(self._model), trainer.precision_plugin.forward_context():
+            for batch in self._batches:
+                inputs = {name: tensor.to(pl_module.device) for name, tensor in batch.items()}
+                labels = without_first(inputs.pop("labels"), inputs.get("position_ids"))
+                scores.update(*count_tokens(*run_to_head(self._model, inputs, self._form), next_tokens(labels)))
         # Every process has scored all of it.
         return math.exp(float(scores.loss / scores.count)) if scores.count else math.nan
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_peft.core.modes import in_eval
 from lightning_peft.core.slots import CHILD
 
 IGNORED = -100  # the label that says nothing, as in transformers
@@ -121,16 +122,13 @@ def loss_form(model: Any, shifted: bool) -> LossForm:
         answers.append(scores.expand_as(output).contiguous())
         return answers[-1]
 
-    modes = [(module, module.training) for module in model.modules()]
     handle = head.register_forward_hook(answer)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), in_eval(model):
             # Not by calling it: virtual tokens before a text are cut away behind the model, from copies.
-            output = model.eval().forward(input_ids=ids, labels=ids, use_cache=False)
+            output = model.forward(input_ids=ids, labels=ids, use_cache=False)
     finally:
         handle.remove()
-        for module, mode in modes:
-            module.training = mode
     # Where the loss does not shift the labels it is not ours, which are the tokens themselves; but it is nothing else.
     known = [ids] if not shifted else [next_tokens(ids), ids]
     expected = [F.cross_entropy(output.logits[0].float(), labels[0]) for labels in known]
