@@ -6,7 +6,6 @@ function that was meant. No base module, config or global setting is changed for
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, WeightAdapter
+from lightning_peft.core.model_call import argument_names, bound, code_names, layer_cached_tokens, no_cache_found
 from lightning_peft.core.taps import Tap
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.optional import hf_attention_functions
+from lightning_peft.optional import check_hf_version, hf_attention_functions
 
 _NAME = "lightning_peft"
 _KNOWN = ("sdpa", "eager")  # those whose mask has a column for each key
@@ -40,6 +40,7 @@ class PrefixedAttention(WeightAdapter):
         self.prefix, self.past = prefix, past
         self._eager = inspect.unwrap(type(host).forward).__globals__.get("eager_attention_forward")
         self._relative = (relative,)  # in a tuple: it stays the base's module, not one of this adapter
+        check_hf_version()
         _register()
 
     def forward(self, config: Any, name: str) -> "_RoutedConfig":
@@ -63,13 +64,11 @@ class CacheLength(InputAdapter):
     def __init__(self, host: nn.Module, past: Tap) -> None:
         super().__init__()
         self.past = past
-        self.order = list(inspect.signature(host.forward).parameters)
+        self.names = argument_names(host)
         self.layer = int(getattr(host, "layer_idx", None) or 0)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        cache = {**dict(zip(self.order, args, strict=False)), **kwargs}.get("past_key_values")
-        length = 0 if cache is None else cache.get_seq_length(self.layer)
-        self.past.value = length.clone() if isinstance(length, Tensor) else length  # a static cache counts in place
+        self.past.value = layer_cached_tokens(bound(self.names, args, kwargs), self.layer)
         return args, kwargs
 
 
@@ -133,7 +132,7 @@ def attend(
 
 def routes_attention(module: nn.Module) -> bool:
     """Whether ``module`` is an attention of transformers that looks up its function."""
-    return "config" in vars(module) and "ALL_ATTENTION_FUNCTIONS" in _code_names(type(module).forward)
+    return "config" in vars(module) and "ALL_ATTENTION_FUNCTIONS" in code_names(module)
 
 
 def check_implementation(module: Any) -> None:
@@ -168,8 +167,11 @@ def _relative_bias(prefix: PrefixedAttention, bias: Tensor, before: int, ahead: 
     source: Any = prefix._relative[0]
     if source is None:
         return bias.new_zeros(*bias.shape[:-1], before)
-    past = prefix.past.take() or 0
-    columns: Tensor = source.compute_bias(bias.shape[-2], before, device=bias.device, past_seen_tokens=past + ahead)
+    past, queries, keys = prefix.past.take(), bias.shape[-2], bias.shape[-1] - ahead + before
+    if past is None and keys > queries:
+        raise no_cache_found(queries, keys)
+    past = 0 if past is None else past
+    columns: Tensor = source.compute_bias(queries, before, device=bias.device, past_seen_tokens=past + ahead)
     return columns.to(bias.dtype).expand(bias.shape[0], -1, -1, -1)
 
 
@@ -178,11 +180,6 @@ def _register() -> None:
     _functions = hf_attention_functions()
     if _functions is not None:
         _functions.register(_NAME, attend)
-
-
-def _code_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    code = getattr(inspect.unwrap(forward), "__code__", None)
-    return code.co_names if code else ()
 
 
 def _unknown(module: nn.Module, name: str) -> str:

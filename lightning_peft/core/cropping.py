@@ -4,13 +4,13 @@ Only names tell which outputs have a place for each token, so while virtual toke
 also where the caller wants a plain tuple.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter
+from lightning_peft.core.model_call import argument_names, bound
 from lightning_peft.core.padding import extract
 from lightning_peft.core.taps import Tap
 
@@ -26,10 +26,10 @@ class NamedOutput(InputAdapter):
         super().__init__()
         self._pretrained = (pretrained,)  # in a tuple: it stays the base's module, not one of this adapter
         self.plain = plain
-        self.order = list(inspect.signature(pretrained.forward).parameters)
+        self.names = argument_names(pretrained)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = {**dict(zip(self.order, args, strict=False)), **kwargs}
+        call = bound(self.names, args, kwargs)
         wanted = call.get("return_dict")
         wanted = self._pretrained[0].config.return_dict if wanted is None else wanted
         self.plain.value = wanted is False

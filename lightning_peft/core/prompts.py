@@ -6,7 +6,6 @@ the caller has sent. Where a row begins with padding, the virtual tokens come be
 decoder follows, whose texts are padded at their end.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +17,22 @@ from lightning_peft.core.adapter import InputAdapter, OutputAdapter
 from lightning_peft.core.cropping import EncoderCrop, NamedOutput, PlainOutput, PromptCrop
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.method import Placement, Plan
-from lightning_peft.core.padding import insert, left_padding, overwrite
+from lightning_peft.core.model_call import (
+    Call,
+    argument_names,
+    bound,
+    cached_tokens,
+    given_positions,
+    resumes_recurrence,
+    row_padding,
+    text_length,
+)
+from lightning_peft.core.padding import insert, overwrite
 from lightning_peft.core.positions import check_room, free_positions, position_modules
 from lightning_peft.core.slots import CHILD, adapter_name
 from lightning_peft.core.taps import Tap
 from lightning_peft.errors import ConfigError, NotApplicableError
+from lightning_peft.optional import check_hf_version
 
 _IGNORED = -100  # the label that transformers' losses leave out
 _PLACES = ("start_positions", "end_positions", "mc_token_ids")  # arguments that count tokens from the first one
@@ -56,6 +66,7 @@ def _token_models(name: str, model: nn.Module) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     reason = f"{type(model).__name__} holds no transformers model"
     for path, pretrained in pretrained_models(model):
+        check_hf_version()
         reader = pretrained.get_encoder() if pretrained.config.is_encoder_decoder else pretrained
         if isinstance(reader.get_input_embeddings(), nn.Embedding):
             found.append((path, pretrained))
@@ -89,7 +100,11 @@ def _place_prompt(
     room = min(((free, table) for table, module in tables if (free := free_positions(module))), default=None)
     placements = [
         Placement(at, PromptInput(prompt, size, pretrained, vectors, lengths, room)),
-        Placement(_path_of(model, _embedding_of(pretrained)), PromptEmbedding(prompt, size, vectors), "embedding"),
+        Placement(
+            _path_of(model, _embedding_of(pretrained)),
+            PromptEmbedding(prompt, size, _placeholder(pretrained), vectors),
+            "embedding",
+        ),
         Placement(path, NamedOutput(pretrained, plain), "names"),
         Placement(path, PlainOutput(plain), "plain"),
     ]
@@ -113,18 +128,20 @@ class PromptInput(InputAdapter):
         self.vectors, self.lengths, self.crossing = vectors, lengths, pretrained.config.is_encoder_decoder
         reader = pretrained.get_encoder() if self.crossing else pretrained
         self._reader = (reader,)  # in a tuple: it stays the base's module, not one of this adapter
-        self.order = list(inspect.signature(reader.forward).parameters)
+        self.names = argument_names(reader)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = {**dict(zip(self.order, args, strict=False)), **kwargs}
-        ids, embeds, cache = call.get("input_ids"), call.get("inputs_embeds"), call.get("past_key_values")
+        call = bound(self.names, args, kwargs)
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         self.vectors.value = self.lengths.value = None
-        if (ids is None and embeds is None) or _recurs(call):
+        if (ids is None and embeds is None) or resumes_recurrence(call):
             return args, kwargs
-        past = 0 if cache is None else int(cache.get_seq_length())
         shape = embeds.shape[:-1] if embeds is not None else ids.shape  # type: ignore[union-attr]
+        past = cached_tokens(call, shape[-1])
         self._check(past + shape[-1] + (0 if past else self.size))
-        padding = self._padding(call, len(shape))
+        padding = row_padding(call, len(shape))
+        if self.crossing:  # an encoder's texts are padded at their end
+            padding = None
         text = self._text_in(past, shape[-1], call) if past else shape[-1]
         if call.get("attention_mask") is not None:
             call["attention_mask"] = self._inserted(call["attention_mask"], 1, padding)
@@ -156,16 +173,14 @@ class PromptInput(InputAdapter):
             call["logits_to_keep"] = torch.where(kept < 0, kept, kept + self.size)
         return (), call
 
-    def _text_in(self, past: int, new: int, call: dict[str, Any]) -> int:
+    def _text_in(self, past: int, new: int, call: Call) -> int:
         """How many tokens of text the cache and the call hold."""
         prompts = self._acting()
-        text = told = past + new - sum(prompt.size for prompt in prompts)
-        mask, positions = call.get("attention_mask"), call.get("position_ids")
-        if mask is not None:
-            told = mask.shape[-1]
-        elif positions is not None and positions.dim() == 2 and not torch.compiler.is_compiling():
-            told = int(positions.max()) + 1
-        if told != text and prompts[0] is self:  # what the call tells the others has the virtual tokens before theirs
+        text = past + new - sum(prompt.size for prompt in prompts)
+        told = text_length(call)
+        if (
+            told not in (None, text) and prompts[0] is self
+        ):  # what the call tells the others has the virtual tokens before theirs
             raise NotApplicableError(
                 f"The cache holds {past} tokens, {past + new - text} of them virtual, and with {new} new ones that is "
                 f"no text of {told}. To go on from a cache, give generate the new tokens alone, with the mask of all."
@@ -182,25 +197,13 @@ class PromptInput(InputAdapter):
             if adapter_name(slot) == name and isinstance(adapter, PromptInput)
         ]
 
-    def _padding(self, call: dict[str, Any], dims: int) -> Tensor | None:
-        mask = call.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != dims):
-            raise NotApplicableError(
-                "Virtual tokens need an attention mask of shape (batch, tokens), and this model was called with "
-                f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. In generate, leave "
-                "cache_implementation at its default."
-            )
-        return None if self.crossing else left_padding(mask)
-
-    def _moved(self, call: dict[str, Any], padding: Tensor | None, new: bool) -> dict[str, Tensor]:
+    def _moved(self, call: Call, padding: Tensor | None, new: bool) -> dict[str, Tensor]:
         """Positions behind the virtual tokens, with those of the tokens themselves if they are new."""
         moved = {}
-        for name in ("position_ids", "cache_position"):
-            if (positions := call.get(name)) is not None:
-                own = torch.arange(self.size, device=positions.device, dtype=positions.dtype)
-                own = own.expand(*positions.shape[:-1], -1)
-                later = positions + self.size
-                moved[name] = insert(later, own, padding) if new else later
+        for name, positions in given_positions(call):
+            own = torch.arange(self.size, device=positions.device, dtype=positions.dtype)
+            later = positions + self.size
+            moved[name] = insert(later, own.expand(*positions.shape[:-1], -1), padding) if new else later
         return moved
 
     def _inserted(self, x: Tensor, value: int, padding: Tensor | None) -> Tensor:
@@ -220,23 +223,30 @@ class PromptEmbedding(OutputAdapter):
 
     depth = -1  # behind every other adapter of the embedding: the vectors are learned as they are
 
-    def __init__(self, prompt: nn.Module, size: int, vectors: Tap) -> None:
+    def __init__(self, prompt: nn.Module, size: int, placeholder: int, vectors: Tap) -> None:
         super().__init__()
         self._prompt = (prompt,)  # in a tuple: it belongs to the other adapter
-        self.size, self.vectors = size, vectors
+        self.size, self.placeholder, self.vectors = size, placeholder, vectors
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         if (place := self.vectors.take()) is None:
             return y
         start, rows, total, padding = place
-        # More columns are padding of the model's own, behind the text (Longformer).
-        if math.prod(x.shape[:-1]) != rows or x.shape[-1] < total:
+        # More columns are the model's own: padding behind the text (Longformer), or tokens before it (CPM-Ant).
+        if math.prod(x.shape[:-1]) != rows or x.shape[-1] < total or (x.shape[-1] > total and self._moved(x, place)):
             raise NotApplicableError(
-                f"The model looks its tokens up as {tuple(x.shape)}, which is not {rows} rows of {total} tokens, "
-                "virtual ones included: they have no place before the text. Use LoRA or BottleneckAdapter."
+                f"The model looks its tokens up as {tuple(x.shape)}, which is not {rows} rows that begin with "
+                f"{total} tokens, virtual ones included: they have no place before the text. Use LoRA or "
+                "BottleneckAdapter."
             )
         vectors = self._prompt[0]().to(y.dtype).expand(*y.shape[:-2], -1, -1)
         return overwrite(y, vectors, start, padding)
+
+    def _moved(self, x: Tensor, place: tuple[int, int, int, Tensor | None]) -> bool:
+        """True if the placeholders are not where they were put."""
+        start, _, _, padding = place
+        expected = torch.full_like(x[..., : self.size], self.placeholder)
+        return not torch.equal(overwrite(x[..., None], expected[..., None], start, padding)[..., 0], x)
 
 
 class CrossMask(InputAdapter):
@@ -245,10 +255,10 @@ class CrossMask(InputAdapter):
     def __init__(self, size: int, decoder: nn.Module) -> None:
         super().__init__()
         self.size = size
-        self.order = list(inspect.signature(decoder.forward).parameters)
+        self.names = argument_names(decoder)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = {**dict(zip(self.order, args, strict=False)), **kwargs}
+        call = bound(self.names, args, kwargs)
         mask, states = call.get("encoder_attention_mask"), call.get("encoder_hidden_states")
         if mask is not None:
             if states is not None and mask.shape[-1] == states.shape[1]:
@@ -258,13 +268,6 @@ class CrossMask(InputAdapter):
                 )
             call["encoder_attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.size), mask], -1)
         return (), call
-
-
-def _recurs(call: dict[str, Any]) -> bool:
-    """Whether a recurrent model (Mamba, RWKV) goes on from a state, which has the virtual tokens in it."""
-    state = call.get("cache_params")
-    begun = getattr(state, "has_previous_state", None)
-    return call.get("state") is not None or bool(begun() if callable(begun) else state is not None)
 
 
 def _placeholder(pretrained: Any) -> int:

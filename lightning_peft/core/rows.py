@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_peft.core.model_call import SHARED_BY_ROWS, is_cache
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.optional import check_hf_version
 
 # Arguments of torch's and transformers' layers that speak of places in the text, not of rows, however many there are.
-_SHARED = ("cache_position", "attn_mask", "mask", "src_mask", "tgt_mask", "memory_mask")
+_SHARED = (*SHARED_BY_ROWS, "attn_mask", "mask", "src_mask", "tgt_mask", "memory_mask")
 _T = TypeVar("_T")
 
 
@@ -110,6 +112,7 @@ class Group:
         if isinstance(value, (tuple, list)):
             return _like(value, [self.of(item, name, layer) for item in value])
         if is_cache(value):
+            check_hf_version()
             return _with(value, {key: self._of_state(key, item, layer) for key, item in vars(value).items()})
         return value
 
@@ -192,11 +195,6 @@ class LostCache:
         if name.startswith("__"):  # what pickle and copy look for
             raise AttributeError(name)
         raise NotApplicableError(self.reason)
-
-
-def is_cache(value: Any) -> bool:
-    """Whether ``value`` is a cache of transformers, or a layer of one: they can all select rows of a batch."""
-    return hasattr(type(value), "batch_select_indices")
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -25,7 +25,7 @@ from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.method import Method, Placement, Plan, is_number
 from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftForm, PeftTensor, sizes
-from lightning_peft.core.positions import PositionShift, check_room, positions_above
+from lightning_peft.core.positions import check_room, positions_above, shift
 from lightning_peft.core.slots import base_modules
 from lightning_peft.core.taps import Tap
 from lightning_peft.core.targets import layer_index, narrow
@@ -112,7 +112,7 @@ class PrefixTuning(Method):
         for path in numbered:
             module = model.get_submodule(path)
             check_room("PrefixTuning", self.num_virtual_tokens, path, module)
-            placements.append(Placement(path, PositionShift(path, module, self.num_virtual_tokens), "positions"))
+            placements.append(Placement(path, shift(path, module, self.num_virtual_tokens), "positions"))
         return Plan(placements)
 
     def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
@@ -294,11 +294,12 @@ def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tup
 
 
 def _relative(model: nn.Module, path: str) -> nn.Module | None:
-    """The module of an attention's stack that turns relative positions into a bias, as in T5."""
+    """What turns relative positions into a bias for an attention: in itself, as in UMT5, or in its stack, as in T5."""
     stack = layer_index(path)
-    for module in model.get_submodule(stack[0] if stack else path).modules():
-        if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias"):
-            return module
+    for scope in (path, stack[0] if stack else path):
+        for module in model.get_submodule(scope).modules():
+            if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias"):
+                return module
     return None
 
 

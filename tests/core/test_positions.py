@@ -29,6 +29,15 @@ def _roberta() -> nn.Module:
     return tiny_models.roberta(pad_token_id=1, bos_token_id=0, max_position_embeddings=22)
 
 
+def _gptj() -> nn.Module:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40, "n_positions": 20, "rotary_dim": 4}
+    return hf.GPTJForCausalLM(hf.GPTJConfig(**sizes, bos_token_id=1, eos_token_id=None))
+
+
+def _m2m() -> nn.Module:
+    return hf.M2M100ForConditionalGeneration(hf.M2M100Config(**tiny_models._SEQ2SEQ, max_position_embeddings=20))
+
+
 COUNTERS = {
     tiny_models.bert: ["bert.embeddings.position_embeddings"],
     tiny_models.distilbert: ["distilbert.embeddings.position_embeddings"],
@@ -53,7 +62,9 @@ def test_who_counts_the_tokens(build: Callable[[], nn.Module]) -> None:
     [
         (tiny_models.bert, "bert.encoder.layer.1", ["bert.embeddings.position_embeddings"]),
         (tiny_models.gpt2, "transformer.h.0", ["transformer.wpe"]),
-        (tiny_models.llama, "model.layers.0", ["model.rotary_emb"]),
+        (tiny_models.llama, "model.layers.0", ["model"]),  # whatever it makes of the numbers
+        (_gptj, "transformer.h.1", ["transformer"]),
+        (_m2m, "model.decoder.layers.0", ["model.decoder.embed_positions"]),  # sines
         (tiny_models.bart, "model.encoder.layers.0", ["model.encoder.embed_positions"]),
         (tiny_models.bart, "model.decoder.layers.0", ["model.decoder.embed_positions"]),
         (tiny_models.whisper, "model.encoder.layers.0", []),  # frames of a recording
@@ -82,9 +93,9 @@ class _Counting(nn.Embedding):
 
     offset = 2
 
-    def forward(self, input_ids: Tensor, past_key_values_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, cache_length: int = 0, position_ids: Tensor | None = None) -> Tensor:
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1]) + past_key_values_length
+            position_ids = torch.arange(input_ids.shape[1]) + cache_length
         return super().forward(position_ids + self.offset)
 
 
@@ -97,9 +108,9 @@ IDS = torch.zeros(2, 4, dtype=torch.long)
         ((IDS,), {}, [3, 4, 5, 6]),
         ((IDS, 2), {}, [5, 6, 7, 8]),
         ((IDS, torch.tensor(2)), {}, [5, 6, 7, 8]),  # a static cache counts in a tensor
-        ((IDS,), {"past_key_values_length": 1}, [4, 5, 6, 7]),
+        ((IDS,), {"cache_length": 1}, [4, 5, 6, 7]),
         ((IDS, 9), {"position_ids": torch.tensor([4, 0])}, [7, 3]),
-        ((), {"input_ids": IDS, "position_ids": None, "past_key_values_length": 0}, [3, 4, 5, 6]),
+        ((), {"input_ids": IDS, "position_ids": None, "cache_length": 0}, [3, 4, 5, 6]),
     ],
 )
 def test_every_way_to_ask_a_table_that_counts_itself(args: Any, kwargs: Any, expected: list[int]) -> None:
@@ -141,6 +152,7 @@ TABLES: dict[Callable[[], nn.Module], str] = {
     tiny_models.bart: "model.encoder.embed_positions",
     _pegasus: "model.encoder.embed_positions",
     _opt: "model.decoder.embed_positions",
+    _gptj: "transformer.rotary_emb",  # sines, but only so many
 }
 METHODS = [PrefixTuning, PromptTuning, PTuning]
 

@@ -7,11 +7,14 @@ import pytest
 import tiny_models
 import torch
 import transformers as hf
+from generating import with_cache
 from torch import Tensor, nn
 
 from lightning_peft import PrefixTuning, PromptTuning, PTuning, inject
 from lightning_peft.core.method import Method
 from lightning_peft.errors import NotApplicableError
+
+pytestmark = pytest.mark.compat
 
 METHODS: dict[str, Method] = {
     "prompt": PromptTuning(num_virtual_tokens=4),
@@ -97,8 +100,8 @@ def test_a_call_that_goes_on_from_a_cache(build: Callable[..., nn.Module], metho
     model = _model(build, method)
     expected = model(IDS[:1]).logits[:, 4:]
     for mask in (None, torch.ones(1, 6)):
-        cache = model(IDS[:1, :4], use_cache=True).past_key_values
-        _assert_close(model(IDS[:1, 4:], past_key_values=cache, attention_mask=mask).logits, expected)
+        cache = with_cache(model, model(IDS[:1, :4], use_cache=True))
+        _assert_close(model(IDS[:1, 4:], **cache, attention_mask=mask).logits, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -123,9 +126,9 @@ def test_a_conversation(build: Callable[..., nn.Module], method: str) -> None:
     expected = model.generate(whole, attention_mask=mask, **settings)[:, 13:]
     if method != "prefix":
         with pytest.raises(NotApplicableError, match=r"12 tokens, 4 of them virtual.* the new tokens alone"):
-            model.generate(whole, attention_mask=mask, past_key_values=first.past_key_values, **settings)
+            model.generate(whole, attention_mask=mask, **with_cache(model, first), **settings)
     new = whole[:, 8:]  # the last token that was generated has not been read
-    found = model.generate(new, attention_mask=mask, past_key_values=first.past_key_values, **settings)
+    found = model.generate(new, attention_mask=mask, **with_cache(model, first), **settings)
     assert torch.equal(found[:, new.shape[1] :], expected)
 
 
