@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-pytest_plugins = ["text_assets"]
+pytest_plugins = ["text_assets", "transformers_logs"]
 
 
 @pytest.fixture(autouse=True)
