@@ -1,37 +1,60 @@
-# Two commands: `make demo` does the main job, `make test` runs the tests. Each installs what it needs into .venv.
+# Two commands: `make demo` does the main job, `make test` runs the tests. Each installs what it needs into .venv, in the
+# versions of lock.txt (and torch's of constraints.txt), which are those that were tested.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A worker a core, and one thread each: the tests' tensors are too small to share.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test lint slow bench matrix clean
+.PHONY: demo test slow soak lint lock compat compat-lowest compat-newest bench matrix clean
 
-demo: .venv/.installed
+demo: .venv/.demo
 	$(BIN)/python examples/assets.py
 	$(BIN)/lightning-peft fit --config configs/quickstart.yaml
 	$(BIN)/lightning-peft test --config configs/quickstart.yaml --ckpt_path checkpoints/quickstart/best.ckpt
 	$(BIN)/python examples/summary.py
 
-test: .venv/.installed
-	$(BIN)/python -m pytest -m "not slow"
+test: .venv/.test
+	$(PYTEST) -m "not slow and not soak"
 
-slow: .venv/.installed
-	$(BIN)/python -m pytest -m slow
+# Real models and long runs, and a fixed tenth of what `make soak` has.
+slow: .venv/.test
+	$(PYTEST) -m slow
 
-lint: .venv/.installed
+# The whole grid, hours of faults, thousands of files, and the oldest dependencies: by hand.
+soak: .venv/.test compat-lowest
+	$(PYTEST) -m soak
+
+lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.demo .venv/.test .venv/.dev: .venv/.%: pyproject.toml constraints.txt lock.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP) -c lock.txt hatchling editables
+	$(BIN)/python $(PIP) -c lock.txt --no-build-isolation -e '.[$*]'
 	@touch $@
 
-bench: .venv/.installed
+# What resolves today, for the extras demo, test and dev.
+lock: .venv/.dev
+	$(BIN)/python .ci/versions.py lock
+
+# A part of the tests with the oldest and with the newest dependencies that pyproject.toml allows.
+compat: compat-lowest compat-newest
+
+compat-lowest compat-newest: compat-%:
+	$(PYTHON) -m venv .venv/$*
+	$(PYTHON) .ci/versions.py $* > .venv/$*/constraints.txt
+	.venv/$*/bin/python $(PIP) --upgrade --upgrade-strategy eager -c .venv/$*/constraints.txt -e '.[test]'
+	$(subst $(BIN),.venv/$*/bin,$(PYTEST)) -m compat -p no:cacheprovider
+
+bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks --quick
 	$(BIN)/python -m tests.benchmarks.mixed_batches --repeats 5
 
-matrix: .venv/.installed
+matrix: .venv/.test
 	cd tests && ../$(BIN)/python -m conformance.matrix --write
 
 clean:
