@@ -75,13 +75,32 @@ def test_with_and_without_a_cache(build: Callable[..., nn.Module], method: str) 
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("build", [tiny_models.gpt2, tiny_models.llama, tiny_models.t5])
+@pytest.mark.parametrize("build", [*CAUSAL, *SLIDING, *SEQ2SEQ])
 def test_beams(build: Callable[..., nn.Module], method: str) -> None:
     model = _model(build, method)
     settings = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 5, "do_sample": False}
     with_cache = model.generate(IDS, attention_mask=MASK, **settings)
     assert torch.equal(with_cache, model.generate(IDS, attention_mask=MASK, **settings, use_cache=False))
     assert with_cache.shape[0] == 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("build", CAUSAL)  # in a sliding window, such padding uses up the base's own places
+def test_rows_padded_at_their_end_go_on_from_a_cache_as_they_do_alone(
+    build: Callable[..., nn.Module], method: str
+) -> None:
+    """As scoring does it: texts of different lengths in one batch, then one more token for each."""
+    model = _model(build, method)
+    ids, mask = IDS.flip(1), MASK.flip(1)
+    first = model(ids, attention_mask=mask, use_cache=True)
+    new, lengths = torch.tensor([[5], [6]]), mask.sum(-1)
+    whole = torch.cat([mask, torch.ones_like(new)], 1)
+    given = {"attention_mask": whole, "position_ids": lengths[:, None]}
+    together = model(new, **given, **with_cache(model, first)).logits
+    for row, length in enumerate(lengths.tolist()):
+        alone = model(torch.cat([ids[row : row + 1, :length], new[row : row + 1]], 1)).logits
+        _assert_close(first.logits[row, :length], alone[0, :length])
+        _assert_close(together[row, 0], alone[0, length])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,7 +134,7 @@ def test_prompt_lookup_takes_a_cache_back(build: Callable[..., nn.Module], metho
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("build", [tiny_models.gpt2, tiny_models.llama])
+@pytest.mark.parametrize("build", [*CAUSAL, *SLIDING])
 def test_a_conversation(build: Callable[..., nn.Module], method: str) -> None:
     """generate leaves out what a cache holds, and counts virtual tokens among it."""
     model = _model(build, method)
