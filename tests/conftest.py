@@ -1,11 +1,20 @@
-"""What every test starts from."""
+"""What every test starts from, and the sets that tests are in."""
 
+import zlib
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 pytest_plugins = ["text_assets", "transformers_logs"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put a tenth of ``make soak`` into ``make slow``, the same each time."""
+    for item in items:
+        if item.get_closest_marker("soak") and zlib.crc32(item.nodeid.encode()) % 10 == 0:
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -67,6 +67,7 @@ def run(*arguments: Any) -> PEFTCLI:
     return PEFTCLI([str(argument) for argument in arguments])
 
 
+@pytest.mark.compat
 def test_fit_test_and_predict_from_the_adapter_checkpoint(config, tmp_path, capsys):
     run("fit", "--config", config, "--peft.method.r", 2, "--trainer.max_epochs", 6)
     shown = capsys.readouterr().out
@@ -148,6 +149,7 @@ def test_the_optimizer_of_the_command_line_holds_exactly_what_trains(config):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.05)  # StepLR, after an epoch
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("task", [CausalLM, Seq2SeqLM])
 def test_language_models_are_trained_and_write_by_command(task, tmp_path, capsys):
     build, kind = {CausalLM: (tiny_models.llama, "causal"), Seq2SeqLM: (tiny_models.t5, "seq2seq")}[task]
@@ -264,6 +266,7 @@ def test_the_help_of_a_method_explains_its_fields(capsys):
     assert "Layers to adapt:" in shown
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_opens_with_a_command_that_parses(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)

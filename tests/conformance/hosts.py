@@ -18,8 +18,10 @@ class Host:
     targets: tuple[str, ...]
     args: Callable[[], tuple[Tensor, ...]] = tuple
     kwargs: Callable[[], dict[str, Tensor]] = field(default=dict)
-    slow_to_compile: bool = False
-    """Whether compiling it takes several seconds."""
+    soak: bool = False
+    """True if only ``make soak`` runs the contract on it."""
+    compiled: bool = False
+    """True if ``make test`` compiles it, which takes seconds: the others wait for ``make soak``."""
 
     @cache  # noqa: B019 - the hosts live as long as the test run
     def network(self) -> nn.Module:
@@ -123,8 +125,8 @@ def _same(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
     return query_key_value
 
 
-def _conv(name: str, conv: Callable[[], nn.Module], *shape: int) -> Host:
-    return Host(name, lambda: Convolution(conv()), ("conv",), lambda: (torch.randn(shape),))
+def _conv(name: str, conv: Callable[[], nn.Module], *shape: int, soak: bool = True) -> Host:
+    return Host(name, lambda: Convolution(conv()), ("conv",), lambda: (torch.randn(shape),), soak=soak)
 
 
 _ATTENTION = ("in_proj", "out_proj")
@@ -132,40 +134,58 @@ _LAYER = ("in_proj", "out_proj", "linear1", "linear2")
 _ENCODER = {"d_model": 12, "nhead": 2, "dim_feedforward": 17, "batch_first": True}
 
 HOSTS = [
-    Host("linear", MLP, ("fc1", "fc2"), lambda: (torch.randn(5, 4, 9),)),
-    Host("hf_conv1d", tiny_models.gpt2, ("c_attn", "c_fc", "c_proj"), kwargs=_text, slow_to_compile=True),
+    Host("linear", MLP, ("fc1", "fc2"), lambda: (torch.randn(5, 4, 9),), compiled=True),
+    Host("hf_conv1d", tiny_models.gpt2, ("c_attn", "c_fc", "c_proj"), kwargs=_text, soak=True),
     Host("embedding", BagOfTokens, ("table",), lambda: (torch.tensor([[1, 2, 2, 10], [3, 1, 0, 0]]),)),
     _conv("conv1d", lambda: nn.Conv1d(4, 9, 3, stride=2, padding=1, dilation=2), 3, 4, 11),
-    _conv("conv2d", lambda: nn.Conv2d(3, 9, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)), 3, 3, 8, 7),
+    _conv(
+        "conv2d",
+        lambda: nn.Conv2d(3, 9, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        *(3, 3, 8, 7),
+        soak=False,
+    ),
     _conv("conv2d_groups", lambda: nn.Conv2d(8, 10, 3, padding=2, dilation=2, groups=2), 3, 8, 6, 7),
     _conv("conv2d_depthwise", lambda: nn.Conv2d(8, 16, 3, stride=2, padding="valid", groups=8), 3, 8, 6, 7),
     _conv("conv2d_reflect", lambda: nn.Conv2d(3, 9, 3, padding=(1, 2), padding_mode="reflect"), 3, 3, 6, 7),
     _conv("conv3d", lambda: nn.Conv3d(2, 9, 2, padding="same", padding_mode="circular"), 2, 2, 4, 3, 5),
     Host("attention", lambda: nn.MultiheadAttention(12, 3), _ATTENTION, _same(5, 2, 12)),
-    Host("attention_batch_first", lambda: nn.MultiheadAttention(12, 3, batch_first=True), _ATTENTION, _same(2, 5, 12)),
+    Host(
+        "attention_batch_first",
+        lambda: nn.MultiheadAttention(12, 3, batch_first=True),
+        _ATTENTION,
+        _same(2, 5, 12),
+        soak=True,
+    ),
     Host(
         "attention_kdim",
         CrossAttention,
         ("q_proj", "k_proj", "v_proj", "out_proj"),
         lambda: (torch.randn(2, 5, 12), torch.randn(2, 4, 9), torch.randn(2, 4, 10)),
+        soak=True,
     ),
-    Host("encoder_layer", lambda: nn.TransformerEncoderLayer(**_ENCODER), _LAYER, lambda: (torch.randn(2, 5, 12),)),
+    Host(
+        "encoder_layer",
+        lambda: nn.TransformerEncoderLayer(**_ENCODER),
+        _LAYER,
+        lambda: (torch.randn(2, 5, 12),),
+        soak=True,
+    ),
     Host(
         "encoder",
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(**_ENCODER), 2),
         _LAYER,
         lambda: (torch.randn(2, 5, 12),),
-        slow_to_compile=True,
+        soak=True,
     ),
     Host(
         "decoder_layer",
         lambda: nn.TransformerDecoderLayer(**_ENCODER),
         _LAYER,
         lambda: (torch.randn(2, 5, 12), torch.randn(2, 4, 12)),
-        slow_to_compile=True,
+        soak=True,
     ),
-    Host("bert", tiny_models.bert, ("query", "key", "value", "dense"), kwargs=_text, slow_to_compile=True),
-    Host("llama", tiny_models.llama, ("attention", "ffn"), kwargs=_text, slow_to_compile=True),
-    Host("cnn", CNN, ("conv1", "conv2"), lambda: (torch.randn(4, 3, 6, 7),)),
-    Host("lstm", RecurrentClassifier, ("head",), lambda: (_tokens(11, 3, 5),)),
+    Host("bert", tiny_models.bert, ("query", "key", "value", "dense"), kwargs=_text, compiled=True),
+    Host("llama", tiny_models.llama, ("attention", "ffn"), kwargs=_text),
+    Host("cnn", CNN, ("conv1", "conv2"), lambda: (torch.randn(4, 3, 6, 7),), soak=True),
+    Host("lstm", RecurrentClassifier, ("head",), lambda: (_tokens(11, 3, 5),), soak=True),
 ]

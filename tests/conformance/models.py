@@ -28,6 +28,8 @@ class Model:
     """Layers for methods that find none by themselves, or leave the choice to the user."""
     head: str | None = None
     """What is trained whole where nothing tells a method which layer is new: in a network of plain torch."""
+    soak: bool = True
+    """True if only ``make soak`` trains the methods on it."""
 
     @cache  # noqa: B019 - the models live as long as the test run
     def _network(self) -> nn.Module:
@@ -184,16 +186,16 @@ _QV = ("q_proj", "v_proj")
 _LAYER = ("linear1", "linear2")
 
 _ENTRIES = [
-    Model("BERT", partial(tiny_models.bert, num_labels=3), _CLASSES, ("query", "value")),
+    Model("BERT", partial(tiny_models.bert, num_labels=3), _CLASSES, ("query", "value"), soak=False),
     Model("RoBERTa", partial(tiny_models.roberta, num_labels=3), _CLASSES, ("query", "value")),
     Model("DistilBERT", partial(tiny_models.distilbert, num_labels=3), _CLASSES, ("q_lin", "v_lin")),
     Model("DeBERTa-v2", partial(tiny_models.deberta, num_labels=3), _CLASSES, ("query_proj", "value_proj")),
     Model("GPT-2", tiny_models.gpt2, _continued, ("c_attn",)),
-    Model("Llama (GQA)", tiny_models.llama, _continued, _QV),
+    Model("Llama (GQA)", tiny_models.llama, _continued, _QV, soak=False),
     Model("Qwen3", tiny_models.qwen3, _continued, _QV),
     Model("Gemma-3 (text)", tiny_models.gemma3, _continued, _QV),
     Model("Mistral", tiny_models.mistral, _continued, _QV),
-    Model("T5", tiny_models.t5, partial(_translated, _text), ("q", "v")),
+    Model("T5", tiny_models.t5, partial(_translated, _text), ("q", "v"), soak=False),
     Model("BART", tiny_models.bart, partial(_translated, _text), _QV),
     Model(
         "ViT",

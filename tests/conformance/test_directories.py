@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from conformance.cells import Cell, perturb
-from conformance.hosts import HOSTS
 from snapshot import Snapshot, assert_identical
 from torch import nn
 
-from lightning_peft import Method, active_adapters, disabled, load_adapter, remove, save_adapter
+from lightning_peft import active_adapters, disabled, load_adapter, remove, save_adapter
 from lightning_peft.core.checkpoint import adapter_state
-from lightning_peft.core.method import registered_methods
 
 
 def test_a_directory_brings_every_bit_back(cell: Cell, tmp_path: Path) -> None:
@@ -57,14 +55,3 @@ def test_a_directory_goes_from_a_wrapped_transformers_model_to_the_bare_one_and_
     assert_identical(cell.bits(fresh.eval()), cell.bits(trained.eval()))
     with disabled(fresh):
         assert_identical(cell.bits(fresh), cell.bits(cell.base().eval()))
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "transformers_cell" in metafunc.fixturenames:
-        hosts = [host for host in HOSTS if host.name in ("bert", "llama", "hf_conv1d")]
-        methods = [m for m in registered_methods(Method) if m.__module__.startswith("lightning_peft.")]
-        cells = [Cell(host, method) for host in hosts for method in methods]
-        metafunc.parametrize(
-            "transformers_cell",
-            [pytest.param(c, id=f"{type(c.method).__name__}-{c.host.name}") for c in cells if not c.refusal],
-        )

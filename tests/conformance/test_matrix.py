@@ -11,7 +11,13 @@ from lightning_peft.core.method import Method
 
 # Torch's encoder packs padded rows into one in eval mode.
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(name, marks=pytest.mark.soak if model.soak else pytest.mark.compat)
+        for name, model in MODELS.items()
+    ],
+)
 @pytest.mark.parametrize("method", library_methods(), ids=short_name)
 def test_a_method_trains_saves_and_loads_or_says_why_not(method: type[Method], model: str, tmp_path: Path) -> None:
     outcome = run_cell(method, MODELS[model], tmp_path)

@@ -78,11 +78,13 @@ def test_in_a_functional_call_the_given_tensors_act_and_nothing_of_the_model_cha
     twin.load_state_dict(given, strict=False)
     before = Snapshot(model)
     found = call(model, given, args, kwargs)
-    assert_identical(found, call(twin, {}, args, kwargs))
+    # Not bit for bit: torch chooses kernels by whether a weight requires a gradient, and those given do not.
+    torch.testing.assert_close(found, call(twin, {}, args, kwargs), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found, call(model, {}, args, kwargs), atol=1e-3)
     before.assert_same(model)
     with disabled(model), disabled(twin):
-        assert_identical(call(model, given, args, kwargs), call(twin, {}, args, kwargs))
+        base = call(twin, {}, args, kwargs)
+        torch.testing.assert_close(call(model, given, args, kwargs), base, rtol=1e-5, atol=1e-6)
 
 
 @CASES

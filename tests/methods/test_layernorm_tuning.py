@@ -126,7 +126,8 @@ def test_the_affine_part_of_a_batchnorm_trains_and_its_statistics_stay() -> None
     assert report.trainable == 8
     assert set(dict(model.batch.peft.default.named_buffers())) == set()
     evaluated = _image(model.eval())
-    torch.testing.assert_close(_image(model.train()), evaluated, msg="the frozen norm does not run in eval")
+    acting = _image(model.train())
+    torch.testing.assert_close(acting, evaluated, rtol=1e-4, atol=1e-5, msg="the frozen norm does not run in eval")
     losses = trained(model, _image)
     assert losses[-1] < losses[0]
     for name, buffer in before.items():

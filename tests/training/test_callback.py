@@ -34,6 +34,7 @@ def test_wherever_the_network_is_built_the_base_is_frozen_and_only_the_adapter_t
     assert all(model.state_dict()[f"net.{i}.peft.default.lora_B"].abs().sum() > 0 for i in (0, 3, 5))
 
 
+@pytest.mark.compat
 def test_every_way_to_save_leaves_the_base_out(project, data, trainer, peft, tmp_path):
     full = ModelCheckpoint(tmp_path / "full", "with_optimizer")
     weights = ModelCheckpoint(tmp_path / "weights", "weights", save_weights_only=True)
@@ -49,6 +50,7 @@ def test_every_way_to_save_leaves_the_base_out(project, data, trainer, peft, tmp
     assert "optimizer_states" not in torch.load(tmp_path / "weights/weights.ckpt", weights_only=True)
 
 
+@pytest.mark.compat
 def test_resuming_from_the_adapter_alone_ends_bit_equal_to_a_straight_run(project, data, trainer, tmp_path):
     def fit(epochs: int, ckpt_path: Path | None = None) -> Project:
         L.seed_everything(7)

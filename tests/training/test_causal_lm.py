@@ -47,6 +47,7 @@ def learned(trainer: Callable[..., L.Trainer], module: CausalLM, method: Method,
     return fitting.callback_metrics
 
 
+@pytest.mark.compat
 def test_it_learns_tests_and_predicts_from_its_adapter_checkpoint(llama, trainer, tmp_path, capsys):
     module = CausalLM(llama, lr=2e-2, max_new_tokens=4)
     fitting = fit(trainer, module, LoRA(r=8), Echo(), max_epochs=25)
@@ -68,6 +69,7 @@ def test_it_learns_tests_and_predicts_from_its_adapter_checkpoint(llama, trainer
     assert len(wrong) <= round(64 * (1 - metrics["test_accuracy"]))
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_writes_the_same_with_and_without_a_cache(name, llama, trainer):
     module, data = CausalLM(llama, lr=1e-2, max_new_tokens=5, samples=0), Echo()

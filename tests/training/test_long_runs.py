@@ -60,8 +60,12 @@ class Watch(L.Callback):
             self.memory.append(pages * os.sysconf("SC_PAGE_SIZE"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: type(method).__name__)
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=[pytest.mark.slow] if method is METHODS[0] else []) for method in METHODS],
+    ids=lambda method: type(method).__name__,
+)
 def test_in_two_thousand_steps_nothing_grows(method, data, trainer, tmp_path):
     watch = Watch()
     keeps = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=EVERY, save_top_k=-1)
