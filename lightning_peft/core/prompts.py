@@ -235,9 +235,8 @@ class PromptEmbedding(OutputAdapter):
         # More columns are the model's own: padding behind the text (Longformer), or tokens before it (CPM-Ant).
         if math.prod(x.shape[:-1]) != rows or x.shape[-1] < total or (x.shape[-1] > total and self._moved(x, place)):
             raise NotApplicableError(
-                f"The model looks its tokens up as {tuple(x.shape)}, which is not {rows} rows that begin with "
-                f"{total} tokens, virtual ones included: they have no place before the text. Use LoRA or "
-                "BottleneckAdapter."
+                f"The model looks its tokens up as {tuple(x.shape)}, which is not {rows} rows of {total} tokens that "
+                "begin with the virtual ones: these have no place before the text. Use LoRA or BottleneckAdapter."
             )
         vectors = self._prompt[0]().to(y.dtype).expand(*y.shape[:-2], -1, -1)
         return overwrite(y, vectors, start, padding)
