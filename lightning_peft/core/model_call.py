@@ -86,12 +86,12 @@ def layer_cached_tokens(call: Call, layer: int) -> int | Tensor | None:
 
 
 def no_cache_found(new: int, seen: int) -> NotApplicableError:
-    """The error for a decoding step of ``new`` tokens that sees ``seen``, and has no cache that is recognised."""
+    """The error for a call of ``new`` tokens that sees ``seen``, as a decoding step does, and has no known cache."""
     return NotApplicableError(
-        f"This is a decoding step with {new} new of {seen} tokens, and there is no cache among its arguments: "
-        f"transformers {hf_version()} hands it on in a way that is not known here, and what stands before the text "
-        f"would be read twice. Pass use_cache=False, or install transformers=={HF_NEWEST}, the newest release that "
-        "was run."
+        f"The attention mask is of {seen} tokens, and the call brings {new} and no cache that is recognised. If it is "
+        f"a decoding step, with {new} new of {seen} tokens, transformers {hf_version()} hands its cache on in a way "
+        "that is not known here, and what stands before the text would be read twice: pass use_cache=False, or install "
+        f"transformers=={HF_NEWEST}, the newest release that was run. If not, give a mask of the {new} tokens."
     )
 
 
@@ -118,7 +118,7 @@ def row_padding(call: Call, dims: int) -> Tensor | None:
         raise NotApplicableError(
             "Virtual tokens need an attention mask of shape (batch, tokens), and this model was called with "
             f"{tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}. In generate, leave "
-            "cache_implementation at its default."
+            "cache_implementation at its default, and pass no static cache: it has no room for them."
         )
     return left_padding(mask)
 
@@ -131,6 +131,25 @@ def text_length(call: Call) -> int | None:
     if positions is not None and positions.dim() == 2 and not torch.compiler.is_compiling():
         return int(positions.max()) + 1
     return None
+
+
+def check_one_text(call: Call) -> None:
+    """Raise if a row of a model's call holds several texts, as positions that begin anew tell.
+
+    Raises:
+        NotApplicableError: it does; what stands before the row would stand before its first text alone.
+    """
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    if positions is None or positions.dim() != 2 or torch.compiler.is_compiling():
+        return
+    anew = (positions.diff(dim=-1) < 0) & (positions[..., 1:] == positions[..., :1])  # back where the row began
+    if mask is not None and mask.shape == positions.shape:
+        anew = anew & mask[..., :-1].bool() & mask[..., 1:].bool()  # padding may have any position
+    if bool(anew.any()):
+        raise NotApplicableError(
+            "A row of this call holds several texts (its position_ids begin anew), and virtual tokens would stand "
+            "before the first of them alone. Give each text a row of its own, or use a method that is not a prompt."
+        )
 
 
 def given_positions(call: Call) -> Iterator[tuple[str, Tensor]]:

@@ -39,18 +39,19 @@ def positions_above(model: nn.Module, path: str) -> list[str]:
     so are moved one by one; else that module itself, if it numbers its tokens, whatever it and its layers make of the
     numbers; else what computes positions in it. Patches of an image and frames of a recording have places of their own.
     """
-    block = f"{path}."
+    block = path
     while path:
         path = path.rpartition(".")[0]
         owner = model.get_submodule(path)
-        found = {_join(path, name): module for name, module in position_modules(owner)}
-        beside = [name for name in found if not name.startswith(block)]
+        beside = _towers(owner, _below(path, block))
+        own = [(name, module) for name, module in base_modules(owner) if name.partition(".")[0] not in beside]
+        found = {_join(path, name): m for name, m in own if _is_table(name, m) or _computes(m)}
         counts = numbers_tokens(owner)
         # A list of blocks numbers nothing, and what stands in the block itself is asked from further out.
-        if not counts and (not beside or isinstance(owner, nn.ModuleList)):
+        if not counts and (isinstance(owner, nn.ModuleList) or all(name.startswith(f"{block}.") for name in found)):
             continue
         places = {id(module) for module in found.values()}
-        if not any(isinstance(m, nn.Embedding) and id(m) not in places for _, m in base_modules(owner)):
+        if not any(isinstance(m, nn.Embedding) and id(m) not in places for _, m in own):
             return []
         learned = any(isinstance(module, nn.Embedding) for module in found.values())
         return [path] if counts and not learned else list(found)
@@ -154,6 +155,22 @@ def _computes(module: nn.Module) -> bool:
     if any(name.endswith(("inv_freq", "embed_positions")) for name in module._buffers):  # rotary, GPT-J's sines
         return True
     return not module._modules and not module._parameters and takes_positions(module)
+
+
+def _towers(owner: nn.Module, inside: str) -> set[str]:
+    """The children of ``owner`` but ``inside`` that have blocks of their own, and so tokens, frames or patches."""
+    return {
+        name
+        for name, child in owner.named_children()
+        if name != inside
+        for module in child.modules()
+        if isinstance(module, nn.ModuleList) and any(block._modules for block in module)
+    }
+
+
+def _below(path: str, name: str) -> str:
+    """The child of the module at ``path`` in which the module ``name`` is."""
+    return name[len(path) + 1 if path else 0 :].partition(".")[0]
 
 
 def _join(path: str, name: str) -> str:

@@ -22,6 +22,7 @@ from lightning_peft.core.model_call import (
     argument_names,
     bound,
     cached_tokens,
+    check_one_text,
     given_positions,
     resumes_recurrence,
     row_padding,
@@ -140,6 +141,8 @@ class PromptInput(InputAdapter):
         past = cached_tokens(call, shape[-1])
         self._check(past + shape[-1] + (0 if past else self.size))
         padding = row_padding(call, len(shape))
+        if not past:
+            check_one_text(call)
         if self.crossing:  # an encoder's texts are padded at their end
             padding = None
         text = self._text_in(past, shape[-1], call) if past else shape[-1]

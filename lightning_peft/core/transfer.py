@@ -176,10 +176,10 @@ def _placed_alike(
     Raises:
         CheckpointError: even so it takes other places than the file says.
     """
-    (root, network), wanted, refusal = found, sorted(record["places"]), ""
+    (root, network), refusal = found, ""
     try:
         injection = plan_injection(model, method, name)
-        if sorted(_places(_seen_from(root, injection.placements))) == wanted:
+        if not _unlike(record["places"], _seen_from(root, injection.placements)):
             return injection
     except TargetError as error:  # an expression for whole names, in a model where these begin otherwise
         refusal = f" ({error})"
@@ -188,19 +188,17 @@ def _placed_alike(
         method = named if type(named) is type(method) else method
     else:
         paths = dict.fromkeys(
-            place.partition(":")[0] for place in wanted if not inside(place, record["modules_to_save"])
+            place.partition(":")[0] for place in record["places"] if not inside(place, record["modules_to_save"])
         )
         method = method.pointed_at(list(paths))
     if "modules_to_save" in method.field_names():
         method = replace(method, modules_to_save=record["modules_to_save"] or None)  # type: ignore[type-var]
     injection = plan_injection(model, method, name)
-    places = sorted(_places(_seen_from(root, injection.placements)))
-    if places != wanted:
-        other = next(iter({*wanted} ^ {*places}))
+    if other := _unlike(record["places"], _seen_from(root, injection.placements)):
         raise CheckpointError(
-            f"The adapter in {directory.path} has {len(wanted)} places and its method finds {len(places)} in "
-            f"{type(model).__name__}; they differ in '{other}'{refusal}. Load it into a model like the one it was "
-            "trained in."
+            f"The adapter in {directory.path} has {len(record['places'])} places and its method finds "
+            f"{len(injection.placements)} in {type(model).__name__}; they differ in '{other}'{refusal}. Load it into a "
+            "model like the one it was trained in."
         )
     return injection
 
@@ -239,6 +237,17 @@ def _seen_from(root: str, placements: Sequence[Placement]) -> list[Placement]:
 
 def _places(placements: Sequence[Placement]) -> list[str]:
     return [f"{placement.path}:{placement.part}" if placement.part else placement.path for placement in placements]
+
+
+def _unlike(recorded: Sequence[str], placements: Sequence[Placement]) -> str:
+    """A place that is not in both; empty if there is none. Those of parts without tensors are not compared.
+
+    Where such a part acts (what moves positions, what cuts an output) may change from one release to the next.
+    """
+    empty = {placement.part for placement in placements if not placement.adapter.state_dict()} - {""}
+    places = ({*recorded}, {*_places(placements)})
+    kept = [{place for place in some if place.partition(":")[2] not in empty} for some in places]
+    return next(iter(sorted(kept[0] ^ kept[1])), "")
 
 
 def _without_saved(placements: Sequence[Placement]) -> list[Placement]:

@@ -20,6 +20,7 @@ from lightning_peft.core.model_call import (
     argument_names,
     bound,
     cached_tokens,
+    check_one_text,
     find_cache,
     layer_cached_tokens,
     position_argument,
@@ -113,7 +114,7 @@ def test_an_attention_that_keeps_its_cache_to_itself_gives_a_prefix_no_wrong_pla
     attention(torch.randn(1, 5, 16), **{cache_name(attention): cache})
     assert cache.get_seq_length() == 5
     attention.forward = partial(type(attention).forward, attention, **{cache_name(attention): cache})
-    with pytest.raises(NotApplicableError, match=r"1 new of 6 tokens.*no cache among its arguments"):
+    with pytest.raises(NotApplicableError, match=r"1 and no cache that is recognised.*1 new of 6 tokens"):
         attention(torch.randn(1, 1, 16))
 
 
@@ -152,6 +153,22 @@ def test_how_long_the_text_is_said_to_be() -> None:
     assert text_length({"attention_mask": torch.ones(2, 7), "position_ids": IDS}) == 7
     assert text_length({"position_ids": torch.tensor([[3, 4]])}) == 5
     assert text_length({"input_ids": IDS}) is None
+
+
+def test_several_texts_in_a_row_are_refused_and_padding_is_not() -> None:
+    packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+    with pytest.raises(NotApplicableError, match="several texts"):
+        check_one_text(packed)
+    with pytest.raises(NotApplicableError, match="several texts"):
+        check_one_text({**packed, "attention_mask": torch.ones(1, 5)})
+    check_one_text({"position_ids": torch.tensor([[1, 1, 0, 1, 2]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])})
+    check_one_text({"position_ids": torch.tensor([[2, 3, 4, 1, 1]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])})
+    check_one_text({"position_ids": torch.tensor([[[0, 1, 0, 1]]] * 3)})  # an image's rows and columns
+    check_one_text({})
+    model = tiny_models.llama().eval()
+    inject(model, PromptTuning(num_virtual_tokens=3))
+    with pytest.raises(NotApplicableError, match="several texts"):
+        model(IDS, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]), use_cache=False)
 
 
 def test_the_argument_that_positions_are_counted_by() -> None:

@@ -79,6 +79,20 @@ def test_who_counts_for_a_block(build: Callable[[], nn.Module], block: str, expe
     assert positions_above(model, block) == expected
 
 
+class Seeing(nn.Module):
+    """An image's tower beside a language model, as in vision-language models; positions of patches are a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vision, self.language_model = tiny_models.vit(), tiny_models.llama()
+
+
+def test_a_tower_beside_the_text_moves_no_token_of_it() -> None:
+    model = Seeing()
+    assert positions_above(model, "vision.vit.layers.0") == []
+    assert positions_above(model, "language_model.model.layers.1") == ["language_model.model"]
+
+
 def test_how_many_positions_a_table_has() -> None:
     free = {
         build.__name__: [free_positions(module) for _, module in position_modules(build())]

@@ -21,6 +21,7 @@ from lightning_peft import (
     LoRA,
     Method,
     PEFTError,
+    PrefixTuning,
     PTuning,
     inject,
     load_adapter,
@@ -125,6 +126,21 @@ def test_the_white_space_of_the_json_does_not_matter(base: nn.Module, tmp_path: 
     for name in (CONFIG, RECORD):
         edit(tmp_path / name)
     load_adapter(base, tmp_path)
+
+
+def test_what_holds_no_tensor_may_have_its_place_elsewhere_and_the_rest_may_not(tmp_path: Path) -> None:
+    """What moves positions stood at the rotary embedding once, and stands at the stack of blocks now."""
+    base = tiny_models.llama().eval()
+    saved(base, tmp_path, PrefixTuning(num_virtual_tokens=3))
+    places = json.loads((tmp_path / RECORD).read_text())["places"]
+    assert "model:positions" in places
+    ids = torch.arange(3, 9)[None]
+    load_adapter(now := copy.deepcopy(base), tmp_path)
+    reseal(tmp_path, places=[place.replace("model:positions", "model.rotary_emb:positions") for place in places])
+    load_adapter(then := copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(then(ids).logits, now(ids).logits)
+    reseal(tmp_path, places=[place for place in places if not place.endswith("1.self_attn")])
+    assert "differ in 'model.layers.1.self_attn'" in refused(base, tmp_path)
 
 
 def test_no_mixture_of_two_adapters_loads(base: nn.Module, tmp_path: Path) -> None:
