@@ -37,9 +37,10 @@ lint: .venv/.dev
 	$(BIN)/python $(PIP) -c lock.txt --no-build-isolation -e '.[$*]'
 	@touch $@
 
-# What resolves today, for the extras demo, test and dev.
-lock: .venv/.dev
-	$(BIN)/python .ci/versions.py lock
+# What resolves today, for the extras demo, test and dev. pip needs nothing of the old lock for it.
+lock:
+	$(PYTHON) -m venv .venv/lock
+	.venv/lock/bin/python .ci/versions.py lock
 
 # A part of the tests with the oldest and with the newest dependencies that pyproject.toml allows.
 compat: compat-lowest compat-newest

@@ -8,10 +8,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 LINES = (ROOT / "lock.txt").read_text().splitlines()
 LOCKED = dict(line.split("==") for line in LINES if not line.startswith("#"))
+INSTALLED = {re.sub(r"[-_.]+", "-", d.metadata["Name"]).lower(): d for d in distributions()}
 OWN = {"lightning-peft", "pip", "torch"}  # torch has a file of its own, and pip comes with Python
 
 
@@ -34,11 +36,22 @@ def test_the_lock_is_names_and_versions_alone() -> None:
 
 
 def test_what_is_installed_is_what_is_locked() -> None:
-    installed = {_name(d.metadata["Name"]): d.version for d in distributions()}
-    other = {name: version for name, version in installed.items() if LOCKED.get(name) != version}
+    """Whatever this package and its extras need, and what that needs; other packages may stand beside it."""
+    needed, pending = set(), [("lightning-peft", "dev")]
+    while pending:
+        name, extra = pending.pop()
+        if (name, extra) in needed or name not in INSTALLED:
+            continue
+        needed.add((name, extra))
+        for need in map(Requirement, INSTALLED[name].requires or []):
+            if need.marker is None or need.marker.evaluate({"extra": extra}):
+                pending += [(_name(need.name), other) for other in ("", *need.extras)]
+    found = {name: INSTALLED[name].version for name, _ in needed}
+    other = {name: version for name, version in found.items() if LOCKED.get(name) != version}
     strange = {name: version for name, version in other.items() if name not in OWN and not _gpu(name)}
+    assert len(found) > 60
     assert not strange, "other versions than those of lock.txt: install with `make test`, or make it anew: `make lock`"
-    assert installed["torch"].partition("+")[0] == "2.13.0"
+    assert found["torch"].partition("+")[0] == "2.13.0"
 
 
 def test_the_demo_needs_nothing_that_only_tests_need() -> None:

@@ -67,14 +67,19 @@ def cached_tokens(call: Call, new: int) -> int:
         new: tokens that the call brings.
 
     Raises:
-        NotApplicableError: its attention mask speaks of more tokens, so there must be a cache, and none is recognised.
+        NotApplicableError: its mask or positions speak of tokens before, so there must be a cache, and none is
+            recognised.
     """
     cache = find_cache(call)
     if cache is not None:
         return int(_length(cache) or 0)
-    mask = call.get("attention_mask")
+    mask, positions = call.get("attention_mask"), call.get("position_ids")
     if isinstance(mask, Tensor) and mask.shape[-1] > new:
         raise no_cache_found(new, mask.shape[-1])
+    # generate leaves out a mask of ones, but not the positions. Without a cache, a text may begin at any of them.
+    told = mask is None and call.get("use_cache") and positions is not None and positions.dim() == 2
+    if told and not torch.compiler.is_compiling() and bool((positions[..., 0] > 0).all()):
+        raise no_cache_found(new, int(positions.max()) + 1)
     return 0
 
 
@@ -88,10 +93,10 @@ def layer_cached_tokens(call: Call, layer: int) -> int | Tensor | None:
 def no_cache_found(new: int, seen: int) -> NotApplicableError:
     """The error for a call of ``new`` tokens that sees ``seen``, as a decoding step does, and has no known cache."""
     return NotApplicableError(
-        f"The attention mask is of {seen} tokens, and the call brings {new} and no cache that is recognised. If it is "
+        f"Mask or positions are of {seen} tokens, and the call brings {new} and no cache that is recognised. If it is "
         f"a decoding step, with {new} new of {seen} tokens, transformers {hf_version()} hands its cache on in a way "
         "that is not known here, and what stands before the text would be read twice: pass use_cache=False, or install "
-        f"transformers=={HF_NEWEST}, the newest release that was run. If not, give a mask of the {new} tokens."
+        f"transformers=={HF_NEWEST}, the newest release that was run. If not, give those of the {new} tokens."
     )
 
 
@@ -200,7 +205,8 @@ def with_shifted_positions(call: Call, amount: int) -> tuple[Call, Tensor]:
     if positions is None:
         tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         rows, new = tokens.shape[:2]
-        past = 0 if (cache := find_cache(call)) is None else _length(cache) or 0
+        cache = find_cache(call)
+        past = cached_tokens(call, new) if cache is None else _length(cache) or 0
         positions = (torch.arange(new, device=tokens.device) + past).expand(rows, -1)
     positions = positions + amount
     return {**call, "position_ids": positions}, positions

@@ -40,18 +40,20 @@ def positions_above(model: nn.Module, path: str) -> list[str]:
     numbers; else what computes positions in it. Patches of an image and frames of a recording have places of their own.
     """
     block = path
+    towers: tuple[str, ...] = ()  # of what was passed on the way out
     while path:
-        path = path.rpartition(".")[0]
+        below, path = path, path.rpartition(".")[0]
         owner = model.get_submodule(path)
-        beside = _towers(owner, _below(path, block))
-        own = [(name, module) for name, module in base_modules(owner) if name.partition(".")[0] not in beside]
-        found = {_join(path, name): m for name, m in own if _is_table(name, m) or _computes(m)}
+        towers += tuple(f"{_join(path, name)}." for name in _towers(owner) if _join(path, name) != below)
+        modules = ((_join(path, name), module) for name, module in base_modules(owner))
+        own = {name: module for name, module in modules if not f"{name}.".startswith(towers)}
+        found = {name: module for name, module in own.items() if _is_table(name, module) or _computes(module)}
         counts = numbers_tokens(owner)
         # A list of blocks numbers nothing, and what stands in the block itself is asked from further out.
         if not counts and (isinstance(owner, nn.ModuleList) or all(name.startswith(f"{block}.") for name in found)):
             continue
-        places = {id(module) for module in found.values()}
-        if not any(isinstance(m, nn.Embedding) and id(m) not in places for _, m in own):
+        beside = [name for name in own.keys() - found.keys() if not name.startswith(f"{below}.")]
+        if not any(isinstance(own[name], nn.Embedding) for name in beside):
             return []
         learned = any(isinstance(module, nn.Embedding) for module in found.values())
         return [path] if counts and not learned else list(found)
@@ -157,20 +159,10 @@ def _computes(module: nn.Module) -> bool:
     return not module._modules and not module._parameters and takes_positions(module)
 
 
-def _towers(owner: nn.Module, inside: str) -> set[str]:
-    """The children of ``owner`` but ``inside`` that have blocks of their own, and so tokens, frames or patches."""
-    return {
-        name
-        for name, child in owner.named_children()
-        if name != inside
-        for module in child.modules()
-        if isinstance(module, nn.ModuleList) and any(block._modules for block in module)
-    }
-
-
-def _below(path: str, name: str) -> str:
-    """The child of the module at ``path`` in which the module ``name`` is."""
-    return name[len(path) + 1 if path else 0 :].partition(".")[0]
+def _towers(owner: nn.Module) -> list[str]:
+    """The children of ``owner`` that have blocks of their own, and so tokens, frames or patches of their own."""
+    lists = ((name, m) for name, child in owner.named_children() for m in child.modules() if type(m) is nn.ModuleList)
+    return list(dict.fromkeys(name for name, blocks in lists if any(block._modules for block in blocks)))
 
 
 def _join(path: str, name: str) -> str:

@@ -21,6 +21,7 @@ from lightning_peft.core.adapter import Adapter, adapter_dtype
 from lightning_peft.core.attention import CacheLength, PrefixedAttention, check_implementation, routes_attention
 from lightning_peft.core.blocks import PROJECTIONS, Attention, Block, find_blocks
 from lightning_peft.core.gate import Gate, GatedInput
+from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.method import Method, Placement, Plan, is_number
 from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
@@ -98,6 +99,7 @@ class PrefixTuning(Method):
         placements: list[Placement] = []
         numbered: dict[str, None] = {}
         trunk: Trunk | None = None
+        encodes = _crossing(blocks) and _encodes(model)
         for name in names:
             block, attention = chosen[name]
             path, features = _host(model, attention, hosts)
@@ -107,7 +109,7 @@ class PrefixTuning(Method):
                 placements.append(Placement(path, trunk, "mlp"))
             prefix = Prefix(self, features, like, trunk)
             placements += self._on(model, path, attention.cross, prefix, width)
-            if not attention.cross and not (_crossing(blocks) and len(block.attentions) == 1):
+            if not attention.cross and not (encodes and len(block.attentions) == 1):
                 numbered.update(dict.fromkeys(positions_above(model, block.path)))
         for path in numbered:
             module = model.get_submodule(path)
@@ -305,6 +307,12 @@ def _relative(model: nn.Module, path: str) -> nn.Module | None:
 
 def _crossing(blocks: Sequence[Block]) -> bool:
     return any(attention.cross for block in blocks for attention in block.attentions)
+
+
+def _encodes(model: nn.Module) -> bool:
+    """True unless what crosses attends to an image beside the text, and no decoder to an encoder of it (BLIP-2)."""
+    known = [pretrained.config.is_encoder_decoder for _, pretrained in pretrained_models(model)]
+    return not known or any(known)
 
 
 def _inside(path: str, saved: Sequence[str]) -> bool:

@@ -57,6 +57,7 @@ def test_transformers_own_checkpointing_gives_the_same_gradients(cell: Cell) -> 
     _assert_same(cell.gradients(model), expected)
 
 
+@pytest.mark.compat
 def test_a_causal_language_model_generates_the_same_with_and_without_its_cache(cell: Cell) -> None:
     if "input_ids" not in cell.host.example()[1]:
         pytest.skip("not a language model")

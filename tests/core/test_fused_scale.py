@@ -151,7 +151,8 @@ def test_the_backward_keeps_what_the_attention_keeps_anyway(
 def test_under_gradient_checkpointing_the_gradients_are_the_same(reentrant: bool) -> None:
     model, x = _adapted(), torch.randn(2, 6, WIDTH, requires_grad=True)
     expected = _gradients(model, model(x))
-    _assert_same(_gradients(model, checkpoint(model, x, use_reentrant=reentrant)), expected, rtol=0, atol=0)
+    found = _gradients(model, checkpoint(model, x, use_reentrant=reentrant))
+    _assert_same(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_selective_checkpointing_does_not_keep_what_is_overwritten() -> None:

@@ -93,6 +93,28 @@ def test_a_decoding_step_whose_cache_is_not_recognised_is_refused() -> None:
         cached_tokens(call, 2)
 
 
+@pytest.mark.parametrize("masked", [True, False])  # generate leaves a mask of ones out since 5.24
+@pytest.mark.parametrize("method", [PromptTuning(num_virtual_tokens=3), PrefixTuning(num_virtual_tokens=3)])
+def test_no_cache_that_is_not_recognised_is_taken_for_none(method: Any, masked: bool) -> None:
+    """As in a release to come: the base finds its cache where no adapter sees it."""
+    model = tiny_models.llama().eval()
+    inject(model, method)
+    kept = with_cache(model, model(IDS[:, :5], use_cache=True))
+    stack = model.model if isinstance(method, PrefixTuning) else model
+    stack.forward = partial(type(stack).forward, stack, **kept)  # behind every hook
+    call: dict[str, Any] = {"attention_mask": torch.ones(1, 6)} if masked else {"position_ids": torch.tensor([[5]])}
+    if isinstance(method, PrefixTuning) and not masked:
+        pytest.skip("given positions say all that a prefix has to know")
+    with pytest.raises(NotApplicableError, match="1 new of 6 tokens"):
+        stack(IDS[:, 5:], use_cache=True, **call)
+
+
+def test_a_text_may_begin_at_any_position() -> None:
+    later = torch.arange(4, 10)[None]
+    assert cached_tokens({"input_ids": IDS, "position_ids": later}, 6) == 0
+    assert cached_tokens({"input_ids": IDS, "position_ids": later, "use_cache": False}, 6) == 0
+
+
 def test_what_counts_no_tokens_is_no_cache() -> None:
     with pytest.raises(NotApplicableError, match=rf"is a tuple, which does not say.*transformers {hf.__version__}"):
         find_cache({"input_ids": IDS, "past_key_values": ((torch.zeros(1), torch.zeros(1)),)})

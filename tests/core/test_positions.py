@@ -84,13 +84,16 @@ class Seeing(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vision, self.language_model = tiny_models.vit(), tiny_models.llama()
+        self.model = nn.Module()
+        self.model.vision, self.model.language_model = tiny_models.vit(), tiny_models.llama().model
+        self.model.vision.tiles = nn.Embedding(4, 16)  # no tokens
+        self.head = nn.Linear(16, 40)
 
 
 def test_a_tower_beside_the_text_moves_no_token_of_it() -> None:
     model = Seeing()
-    assert positions_above(model, "vision.vit.layers.0") == []
-    assert positions_above(model, "language_model.model.layers.1") == ["language_model.model"]
+    assert positions_above(model, "model.vision.vit.layers.0") == []
+    assert positions_above(model, "model.language_model.layers.1") == ["model.language_model"]
 
 
 def test_how_many_positions_a_table_has() -> None:

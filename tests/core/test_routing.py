@@ -210,6 +210,7 @@ def test_states_of_a_recurrent_layer_are_put_together_too() -> None:
         lstm(packed)
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.gemma3, tiny_models.gpt2])
 def test_a_mixed_batch_generates_with_its_cache(build: Callable[[], nn.Module]) -> None:
     model = _with(build(), {name: MIX[name] for name in ("lora", "ia3", "prefix", "bottleneck")})
@@ -222,6 +223,7 @@ def test_a_mixed_batch_generates_with_its_cache(build: Callable[[], nn.Module]) 
     assert torch.equal(found, _alone(model, names, lambda i: alone(ids[i : i + 1])))
 
 
+@pytest.mark.compat
 def test_prompts_of_different_lengths_generate_without_a_cache_and_say_so_with_one() -> None:
     model = _with(tiny_models.llama(), {name: MIX[name] for name in ("lora", "prompt", "longer")})
     names, ids = ["prompt", "lora", "longer", None], _ids(4)

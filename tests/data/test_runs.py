@@ -164,6 +164,7 @@ def test_the_configs_parse_and_open_with_their_command(config: Path):
     assert type(build(config)) is kinds.get(config.name, TextClassificationData)
 
 
+@pytest.mark.slow  # the real sentences, all of them
 def test_the_demo_config_gives_the_demo_data(monkeypatch):
     """The numbers in the documentation stand on these splits."""
     monkeypatch.chdir(Path(__file__).parents[2])

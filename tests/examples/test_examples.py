@@ -1,6 +1,8 @@
 """The examples run as a reader runs them: as programs of their own."""
 
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -15,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_peft import disabled, load_adapter
 
 ROOT = Path(__file__).parents[2]
+# Of the language model's data: 50 questions each to validate and to test on, and 60 to train on; 20 blocks of articles.
+QUESTIONS, ARTICLES, LETTERS = 160, 20, 1000
 
 
 def run(*command: str, timeout: int = 900, folder: Path = ROOT) -> str:
@@ -27,6 +31,7 @@ def python(*arguments: str, **options: object) -> str:
     return run(sys.executable, *arguments, **options)
 
 
+@pytest.mark.slow
 def test_the_existing_project_adapts_resumes_loads_and_merges():
     shown = python("examples/existing_project.py")
     accuracies = [float(value) for value in re.findall(r"accuracy (\d\.\d+)", shown)]
@@ -34,7 +39,8 @@ def test_the_existing_project_adapts_resumes_loads_and_merges():
     pretrained, adapted, resumed, loaded, merged = accuracies
     assert pretrained < 0.7
     assert min(adapted, resumed) > 0.95
-    assert loaded == merged == adapted
+    assert loaded == adapted
+    assert merged == pytest.approx(adapted, abs=0.002)  # what is nearly undecided may be decided otherwise
     full, task = (int(value.replace(",", "")) for value in re.findall(r"ckpt ([\d,]+) bytes", shown))
     assert task < full / 4
     assert "a plain BarClassifier" in shown
@@ -50,8 +56,38 @@ def workplace(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-def test_the_demo_reaches_its_accuracy_with_a_small_file(workplace):
+@pytest.fixture
+def small_workplace(workplace: Path) -> Path:
+    """The same with a third of the sentences."""
+    cache = own_cache(workplace, "minilm")
+    head, *rows = lines(ROOT / ".cache/movie_sentences.csv")
+    (cache / "movie_sentences.csv").write_text("".join([head, *rows[::3]]))
+    return workplace
+
+
+def own_cache(workplace: Path, model: str) -> Path:
+    """Give ``workplace`` a cache that holds one of the models, and nothing else yet."""
+    cache = workplace / ".cache"
+    cache.unlink()
+    cache.mkdir()
+    (cache / model).symlink_to(ROOT / ".cache" / model)
+    return cache
+
+
+def lines(path: Path) -> list[str]:
+    with path.open(encoding="utf-8") as file:
+        return list(file)
+
+
+@pytest.mark.parametrize(
+    ("place", "accuracy"),
+    [
+        pytest.param("small_workplace", 0.84, marks=pytest.mark.slow),
+        pytest.param("workplace", 0.88, marks=pytest.mark.soak),
+    ],
+)
+def test_the_demo_reaches_its_accuracy_with_a_small_file(place, accuracy, request):
+    workplace = request.getfixturevalue(place)
     config = ("--config", "configs/quickstart.yaml")
     command = os.fspath(Path(sys.executable).with_name("lightning-peft"))
     shown = run(command, "fit", *config, folder=workplace, timeout=1800)
@@ -65,20 +101,14 @@ def test_the_demo_reaches_its_accuracy_with_a_small_file(workplace):
     assert weights.stat().st_size < 2e6
     run(command, "test", *config, "--ckpt_path", "checkpoints/quickstart/best.ckpt", folder=workplace)
     summary = python("examples/summary.py", folder=workplace)
-    assert float(re.search(r"test accuracy\s+(\d\.\d+)", summary)[1]) >= 0.88
+    assert float(re.search(r"test accuracy\s+(\d\.\d+)", summary)[1]) >= accuracy
 
 
 @pytest.mark.slow
-def test_the_quickstart_in_python_trains_loads_and_predicts(workplace, tmp_path, monkeypatch):
-    small = tmp_path / "small"  # a third of the sentences
-    small.mkdir()
-    (small / "minilm").symlink_to(ROOT / ".cache/minilm")
-    head, *rows = (ROOT / ".cache/movie_sentences.csv").read_text().splitlines(keepends=True)
-    (small / "movie_sentences.csv").write_text("".join([head, *rows[::3]]))
-    monkeypatch.setenv("LIGHTNING_PEFT_CACHE", str(small))
-    shown = python("examples/quickstart.py", "1", folder=workplace, timeout=1200)
+def test_the_quickstart_in_python_trains_loads_and_predicts(small_workplace):
+    shown = python("examples/quickstart.py", "1", folder=small_workplace, timeout=1200)
     assert "'label': 'positive'" in shown
-    assert (workplace / "checkpoints/python/sentiment.ckpt").stat().st_size < 2e6
+    assert (small_workplace / "checkpoints/python/sentiment.ckpt").stat().st_size < 2e6
 
 
 @pytest.mark.slow
@@ -101,9 +131,18 @@ def test_three_tasks_are_served_from_one_model(workplace):
 
 @pytest.fixture
 def language_model(workplace: Path) -> Path:
-    """The folder of the small language model, its questions and articles beside it."""
+    """The folder of the small language model; beside it are its shortest questions, and the first of its articles."""
     python("examples/assets.py", "--language-model")
-    return workplace / ".cache/smollm2"
+    cache = own_cache(workplace, "smollm2")
+    (cache / "faq").mkdir()
+    for path in (ROOT / ".cache/faq").iterdir():
+        shortest = sorted(lines(path), key=len)[:QUESTIONS]
+        random.Random(0).shuffle(shortest)
+        (cache / "faq" / path.name).write_text("".join(shortest), encoding="utf-8")
+    articles = [json.loads(line) for line in lines(ROOT / ".cache/wiki_texts.jsonl")[:ARTICLES]]
+    texts = [json.dumps({**article, "text": article["text"][:LETTERS]}) + "\n" for article in articles]
+    (cache / "wiki_texts.jsonl").write_text("".join(texts))
+    return cache / "smollm2"
 
 
 @pytest.mark.slow

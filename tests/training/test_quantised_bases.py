@@ -137,4 +137,5 @@ def test_a_language_model_is_adapted_in_few_bits_and_merged(
     merge(model, dequantize=True)
     torch.testing.assert_close(model(ids), expected, rtol=1e-3, atol=1e-3)
     model.net.save_pretrained(tmp_path / "merged")
-    assert torch.equal(LanguageModel(str(tmp_path / "merged")).eval()(ids), model.eval()(ids))
+    plain = LanguageModel(str(tmp_path / "merged")).eval()
+    torch.testing.assert_close(plain(ids), model.eval()(ids), rtol=1e-5, atol=1e-5)

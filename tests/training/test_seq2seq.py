@@ -26,7 +26,9 @@ def t5(tmp_path: Path) -> str:
 
 
 def test_it_learns_tests_and_predicts_from_its_adapter_checkpoint(t5, trainer, tmp_path, capsys):
-    fitting = trainer(PEFTCallback(LoRA(r=8, target_modules="all-linear"), show=False), max_epochs=40)
+    fitting = trainer(
+        PEFTCallback(LoRA(r=8, target_modules="all-linear"), show=False), max_epochs=40, check_val_every_n_epoch=20
+    )
     fitting.fit(Seq2SeqLM(t5, lr=1e-2, max_new_tokens=4), Echo("seq2seq"))
     assert fitting.callback_metrics["val_accuracy"] > 0.8
     assert "expected" in capsys.readouterr().out
@@ -73,7 +75,8 @@ def test_every_method_trains_with_the_loss_of_transformers_or_is_refused(name, m
 def test_mixed_precision_with_checkpointing(method, t5, trainer):
     module = Seq2SeqLM(t5, lr=1e-2, gradient_checkpointing=True, max_new_tokens=3)
     inject(module, method)
-    fitting = trainer(num_sanity_val_steps=0, max_epochs=4, precision="bf16-mixed")
+    options = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 4}
+    fitting = trainer(max_epochs=4, precision="bf16-mixed", **options)
     before = fitting.validate(module, Echo("seq2seq"), verbose=False)[0]["val_loss"]
     fitting.fit(module, Echo("seq2seq"))
     assert fitting.callback_metrics["val_loss"] < before

@@ -64,8 +64,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "cases"), [("ddp", TRAINED), ("ddp_spawn", ("bert-prefix",))])
+@pytest.mark.parametrize(
+    ("strategy", "cases"),
+    [
+        pytest.param("ddp", TRAINED, marks=pytest.mark.slow),
+        pytest.param("ddp_spawn", ("bert-prefix",), marks=pytest.mark.soak),
+    ],
+    ids=["ddp", "ddp_spawn"],
+)
 def test_two_processes_train_as_one_and_go_on_where_the_other_was(strategy, cases, alone, tmp_path):
     together = tmp_path / "together"
     script(strategy, together, *cases)
@@ -83,7 +89,7 @@ def test_two_processes_train_as_one_and_go_on_where_the_other_was(strategy, case
         assert_identical(loaded[key], tensor, key)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_spawned_processes_bring_back_an_adapter_that_was_there_before_and_warn_of_another(alone, tmp_path):
     printed = script("ddp_spawn", tmp_path, "project", "injected")
     assert_equal_after(1, tmp_path, alone, ("project",))
@@ -111,7 +117,7 @@ def test_spawned_processes_that_would_lose_all_they_trained_are_refused(saves, t
             check_comes_back(run)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("strategy", "message", "unavailable"),
     [
@@ -124,6 +130,7 @@ def test_spawned_processes_that_would_lose_all_they_trained_are_refused(saves, t
             "must have DeepSpeed installed",
         ),
     ],
+    ids=["sync_batchnorm", "fsdp2", "fsdp", "deepspeed"],
 )
 def test_a_strategy_that_would_train_wrong_is_refused_in_every_process(strategy, message, unavailable, tmp_path):
     printed = script(strategy, tmp_path, "project", fails=True)
