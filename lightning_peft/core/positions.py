@@ -76,7 +76,7 @@ def check_room(name: str, virtual: int, path: str, module: nn.Module) -> None:
     Raises:
         ConfigError: they have not.
     """
-    tables = [("", module)] if isinstance(module, nn.Embedding) else position_modules(module)
+    tables = [("", module)] if isinstance(module, nn.Embedding) else _beside_towers(module)
     for below, table in tables:
         free = free_positions(table)
         if free is not None and virtual >= free:
@@ -97,7 +97,7 @@ class StackShift(InputAdapter):
     def __init__(self, path: str, module: nn.Module, amount: int) -> None:
         super().__init__()
         self.path, self.amount, self.names = path, amount, argument_names(module)
-        ends = [(free, name) for name, table in position_modules(module) if (free := free_positions(table)) is not None]
+        ends = [(free, name) for name, table in _beside_towers(module) if (free := free_positions(table)) is not None]
         self.end = min(ends, default=None)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -163,6 +163,12 @@ def _towers(owner: nn.Module) -> list[str]:
     """The children of ``owner`` that have blocks of their own, and so tokens, frames or patches of their own."""
     lists = ((name, m) for name, child in owner.named_children() for m in child.modules() if type(m) is nn.ModuleList)
     return list(dict.fromkeys(name for name, blocks in lists if any(block._modules for block in blocks)))
+
+
+def _beside_towers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The position modules in ``module`` but for those of its towers, which may be for an image beside its text."""
+    towers = _towers(module)
+    return [(name, m) for name, m in position_modules(module) if name.partition(".")[0] not in towers]
 
 
 def _join(path: str, name: str) -> str:

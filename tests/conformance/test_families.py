@@ -5,7 +5,6 @@ tokens; so has a prompt that holds their embeddings.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ from lightning_peft.methods.prompt_tuning import Prompt
 _REMEMBERED = "Recurrent layers remember the tokens, and the prefix stands before the attentions alone."
 _LOOPED = "The layers run several times, with other keys each time, and a prefix is the same each time."
 _LOOKED_UP = "Every layer looks the tokens up by their ids once more, and virtual tokens have none."
-_MOVED_TWICE = "The audio tower has no positions, and a prefix in its blocks moves those of the text once more."
 EXCEPTIONS: dict[str, dict[str, str]] = {
     "prefix": {
         "diffllama": "The heads of its values are rearranged behind the cache, and the prefix stands behind that.",
@@ -44,7 +42,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "qwen4_exp_text": "Recurrent layers remember the tokens, and so does the index of an attention.",
         "recurrent_gemma": _REMEMBERED,
     },
-    "prefix of a decoder": {"omniasr": _MOVED_TWICE, "qwen3_asr": _MOVED_TWICE},
     "prompt": {"gemma3n_text": _LOOKED_UP, "gemma4": _LOOKED_UP, "gemma4_text": _LOOKED_UP},
     "generation behind a prompt": {"xlm": "generate gives a language for each token, and virtual tokens have none."},
 }
@@ -61,15 +58,14 @@ PREFIX, PROMPT = PrefixTuning(num_virtual_tokens=P, init_std=1.0), PromptTuning(
 
 def _each(exceptions: Mapping[str, str], without: Sequence[str] = ()) -> pytest.MarkDecorator:
     """Run a test with the base of each family; where it is an exception, the test has to fail."""
-    families = [family for family in FAMILIES if family not in without]
-    return pytest.mark.parametrize("base", [_param(family, exceptions) for family in families], indirect=True)
-
-
-def _param(family: str, exceptions: Mapping[str, str]) -> Any:
-    marks = [pytest.mark.compat if family in COMPAT else pytest.mark.soak]
-    if family in exceptions:
-        marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=exceptions[family]))
-    return pytest.param(family, marks=marks)
+    params = []
+    for family in FAMILIES:
+        marks = [pytest.mark.compat if family in COMPAT else pytest.mark.soak]
+        if family in exceptions:
+            marks.append(pytest.mark.xfail(strict=True, raises=AssertionError, reason=exceptions[family]))
+        if family not in without:
+            params.append(pytest.param(family, marks=marks))
+    return pytest.mark.parametrize("base", params, indirect=True)
 
 
 @pytest.fixture(scope="module")  # pytest then runs the tests of one family after each other, and it is built once
@@ -160,7 +156,8 @@ DECODERS: dict[str, Callable[[str], Tiny]] = {
 }
 
 
-@pytest.mark.parametrize("name", [_param(name, EXCEPTIONS["prefix of a decoder"]) for name in DECODERS])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_prefix_of_a_decoder_stands_for_the_tokens_before_the_text(name: str) -> None:
     base = _or_skip(lambda: DECODERS[name](name))
     # T5Gemma 2 attends to both texts at once, so that places tells no attention of its encoder from its decoder's.
