@@ -77,8 +77,8 @@ def cached_tokens(call: Call, new: int) -> int:
     if isinstance(mask, Tensor) and mask.shape[-1] > new:
         raise no_cache_found(new, mask.shape[-1])
     # generate leaves out a mask of ones, but not the positions. Without a cache, a text may begin at any of them.
-    told = mask is None and call.get("use_cache") and positions is not None and positions.dim() == 2
-    if told and not torch.compiler.is_compiling() and bool((positions[..., 0] > 0).all()):
+    told = mask is None and call.get("use_cache") and not torch.compiler.is_compiling()
+    if told and positions is not None and positions.dim() == 2 and bool((positions[..., 0] > 0).all()):
         raise no_cache_found(new, int(positions.max()) + 1)
     return 0
 
