@@ -29,7 +29,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param(
                 cell,
                 id=f"{type(cell.method).__name__}-{cell.host.name}",
-                marks=[pytest.mark.soak] if cell.host.soak or (compiles and not cell.host.compiled) else [],
+                marks=[pytest.mark.soak] if (not cell.host.compiled if compiles else cell.host.soak) else [],
             )
             for cell in _cells()
             if CHOICES[name](cell)

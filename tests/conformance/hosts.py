@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 
 import tiny_models
 import torch
@@ -130,6 +130,7 @@ def _conv(name: str, conv: Callable[[], nn.Module], *shape: int, soak: bool = Tr
 
 
 _ATTENTION = ("in_proj", "out_proj")
+_BERT = ("query", "key", "value", "dense")
 _LAYER = ("in_proj", "out_proj", "linear1", "linear2")
 _ENCODER = {"d_model": 12, "nhead": 2, "dim_feedforward": 17, "batch_first": True}
 
@@ -184,7 +185,10 @@ HOSTS = [
         lambda: (torch.randn(2, 5, 12), torch.randn(2, 4, 12)),
         soak=True,
     ),
-    Host("bert", tiny_models.bert, ("query", "key", "value", "dense"), kwargs=_text, compiled=True),
+    Host("bert", tiny_models.bert, _BERT, kwargs=_text),
+    Host(
+        "bert_one_layer", partial(tiny_models.bert, num_hidden_layers=1), _BERT, kwargs=_text, soak=True, compiled=True
+    ),
     Host("llama", tiny_models.llama, ("attention", "ffn"), kwargs=_text),
     Host("cnn", CNN, ("conv1", "conv2"), lambda: (torch.randn(4, 3, 6, 7),), soak=True),
     Host("lstm", RecurrentClassifier, ("head",), lambda: (_tokens(11, 3, 5),), soak=True),
