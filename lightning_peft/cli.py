@@ -75,6 +75,9 @@ class PEFTCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        given = sys.argv[1:] if args is None else args
+        first = given[0] if isinstance(given, list) and given else None
+        self._subcommand = first if first in self.subcommands() else None
         defaults: dict[str, Any] = {
             "model_class": L.LightningModule,
             "subclass_mode_model": True,
@@ -108,6 +111,11 @@ class PEFTCLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._subcommand not in (None, subcommand):
+            # Lightning reads the docstrings of the Trainer and of all else for each subcommand anew: a second and more
+            # before the one that is asked for begins. The others keep their names only.
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in COMMANDS:  # nothing is logged there
             parser.set_defaults({"trainer.logger": False})
