@@ -199,7 +199,8 @@ def numbers_tokens(module: nn.Module) -> bool:
 def with_shifted_positions(call: Call, amount: int) -> tuple[Call, Tensor]:
     """The call of a stack that :func:`numbers_tokens` with its tokens ``amount`` positions later, and these positions.
 
-    They are the positions that the call has, (..., tokens), or those behind the tokens in its cache, (batch, tokens).
+    They are the positions that the call has, (..., tokens), or those behind the tokens in its cache, (batch, tokens);
+    padding before a row is not counted, as it would stand between the row and what is put before it.
     """
     positions = call.get("position_ids")
     if positions is None:
@@ -208,6 +209,9 @@ def with_shifted_positions(call: Call, amount: int) -> tuple[Call, Tensor]:
         cache = find_cache(call)
         past = cached_tokens(call, new) if cache is None else _length(cache) or 0
         positions = (torch.arange(new, device=tokens.device) + past).expand(rows, -1)
+        mask = call.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and (padding := left_padding(mask)) is not None:
+            positions = (positions - padding).clamp(min=0)
     positions = positions + amount
     return {**call, "position_ids": positions}, positions
 

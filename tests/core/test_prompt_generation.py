@@ -84,6 +84,16 @@ def test_beams(build: Callable[..., nn.Module], method: str) -> None:
     assert with_cache.shape[0] == 4
 
 
+@pytest.mark.parametrize("build", [tiny_models.llama, tiny_models.qwen3])
+def test_padding_before_a_row_does_not_move_it_away_from_a_prefix(build: Callable[..., nn.Module]) -> None:
+    """Called without positions, the model counts the padding; text and prefix must stay side by side all the same."""
+    model = _model(build, "prefix")
+    alone = model(IDS[1:, 2:]).logits
+    first = model(IDS[:, :5], attention_mask=MASK[:, :5], use_cache=True)
+    _assert_close(first.logits[1, 2:], alone[0, :3])
+    _assert_close(model(IDS[:, 5:], attention_mask=MASK, **with_cache(model, first)).logits[1], alone[0, 3:])
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("build", CAUSAL)  # in a sliding window, such padding uses up the base's own places
 def test_rows_padded_at_their_end_go_on_from_a_cache_as_they_do_alone(
