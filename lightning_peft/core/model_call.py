@@ -26,6 +26,8 @@ _CACHES = ("cache", "past_key_values", "layer_past", "cache_params")  # the newe
 _LENGTHS = ("cache_length", "past_key_values_length")  # how many tokens are in the cache
 _STATES = ("state", "mems", "past_buckets_states")  # of RWKV, XLNet, Reformer: they are no caches and have no length
 _POSITIONS = ("position_ids", "cache_position")
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+_OF_TOKENS = ("input_ids", "attention_mask", "labels", *_TYPES, *_POSITIONS)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -157,9 +159,36 @@ def check_one_text(call: Call) -> None:
         )
 
 
+def check_token_arguments(call: Call, shape: Sequence[int]) -> None:
+    """Raise if a model's call says something of each token that is not known here, so not of virtual ones either.
+
+    Args:
+        call: of a model that reads tokens.
+        shape: of its token ids, (..., tokens).
+
+    Raises:
+        NotApplicableError: an argument that is not known has their shape, or a place for each pair of them.
+    """
+    for name, value in call.items():
+        if not isinstance(value, Tensor) or name in _OF_TOKENS:
+            continue
+        pairs = value.shape == (*shape, shape[-1])
+        if pairs or (value.shape == tuple(shape) and not value.is_floating_point()):
+            raise NotApplicableError(
+                f"The call's '{name}' ({tuple(value.shape)}) says something of each of its {shape[-1]} tokens, and what "
+                "it would say of virtual tokens before them is not known. Leave it out, or use a method that is not a "
+                "prompt, such as LoRA or BottleneckAdapter."
+            )
+
+
 def given_positions(call: Call) -> Iterator[tuple[str, Tensor]]:
     """The arguments that number the tokens of a model's call, (..., tokens) each, and their names."""
     return ((name, call[name]) for name in _POSITIONS if call.get(name) is not None)
+
+
+def token_types(call: Call) -> Iterator[tuple[str, Tensor]]:
+    """The arguments that say which part of a model's call a token belongs to, (..., tokens) each, and their names."""
+    return ((name, call[name]) for name in _TYPES if call.get(name) is not None)
 
 
 def position_argument(names: Sequence[str], call: Call, owner: str) -> str:

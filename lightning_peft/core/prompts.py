@@ -23,10 +23,12 @@ from lightning_peft.core.model_call import (
     bound,
     cached_tokens,
     check_one_text,
+    check_token_arguments,
     given_positions,
     resumes_recurrence,
     row_padding,
     text_length,
+    token_types,
 )
 from lightning_peft.core.padding import insert, overwrite
 from lightning_peft.core.positions import check_room, free_positions, position_modules
@@ -143,6 +145,7 @@ class PromptInput(InputAdapter):
         padding = row_padding(call, len(shape))
         if not past:
             check_one_text(call)
+            check_token_arguments(call, shape)
         if self.crossing:  # an encoder's texts are padded at their end
             padding = None
         text = self._text_in(past, shape[-1], call) if past else shape[-1]
@@ -161,8 +164,8 @@ class PromptInput(InputAdapter):
             rows, total = math.prod(shape[:-1]), start + self.size + shape[-1]
             self.vectors.value = (start, rows, total, padding) if embeds is None else None
             call["input_ids"] = self._inserted(ids, self.placeholder, padding)
-        if call.get("token_type_ids") is not None:
-            call["token_type_ids"] = self._inserted(call["token_type_ids"], 0, padding)
+        for name, types in token_types(call):
+            call[name] = self._inserted(types, 0, padding)  # text, for models that see images, too
         labels = call.get("labels")
         if isinstance(labels, Tensor) and labels.shape == shape and not labels.is_floating_point():
             call["labels"] = self._inserted(labels, _IGNORED, padding)

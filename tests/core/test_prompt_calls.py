@@ -197,6 +197,34 @@ def test_a_model_that_looks_up_its_tokens_in_another_order_is_refused_when_it_ru
         model(input_ids=IDS)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("langs", torch.zeros(2, 6, dtype=torch.long)), ("perm_mask", torch.zeros(2, 6, 6))]
+)
+def test_an_argument_about_each_token_that_is_not_known_is_refused(name: str, value: Tensor) -> None:
+    model, _ = prompted(tiny_models.bert)
+    with pytest.raises(NotApplicableError, match=f"'{name}' .* says something of each of its 6 tokens"):
+        model(input_ids=IDS, **{name: value})
+
+
+def test_types_of_tokens_under_every_name() -> None:
+    reader = Reader()
+    inject(reader, PromptTuning(num_virtual_tokens=3))
+    types = torch.ones_like(IDS)
+    reader(input_ids=IDS, mm_token_type_ids=types)
+    assert reader.seen["mm_token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1, 1, 1, 1]] * 2
+
+
+class Reader(hf.BertForSequenceClassification):
+    """A BERT that takes what models of images and text take."""
+
+    def __init__(self) -> None:
+        super().__init__(tiny_models.bert().config)
+
+    def forward(self, input_ids: Tensor, mm_token_type_ids: Tensor) -> Any:
+        self.seen = {"mm_token_type_ids": mm_token_type_ids}
+        return super().forward(input_ids)
+
+
 def test_in_a_network_around_it() -> None:
     """A user's own module around a transformers model, which it calls for its last hidden states."""
 
