@@ -175,9 +175,9 @@ def check_token_arguments(call: Call, shape: Sequence[int]) -> None:
         pairs = value.shape == (*shape, shape[-1])
         if pairs or (value.shape == tuple(shape) and not value.is_floating_point()):
             raise NotApplicableError(
-                f"The call's '{name}' ({tuple(value.shape)}) says something of each of its {shape[-1]} tokens, and what "
-                "it would say of virtual tokens before them is not known. Leave it out, or use a method that is not a "
-                "prompt, such as LoRA or BottleneckAdapter."
+                f"The call's '{name}' ({tuple(value.shape)}) says something of each of its {shape[-1]} tokens, and "
+                "what it would say of virtual tokens before them is not known. Leave it out, or use a method that is "
+                "not a prompt, such as LoRA or BottleneckAdapter."
             )
 
 
