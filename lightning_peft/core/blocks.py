@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_peft.core.hosts import Host
+from lightning_peft.core.walk import leaf, parent, within
 
 PROJECTIONS = {
     "query": {"q", "query", "q_proj", "q_lin", "query_proj", "wq", "to_q"},
@@ -48,17 +49,17 @@ class Block:
 def find_blocks(hosts: Sequence[Host]) -> list[Block]:
     """Find the blocks among ``hosts``, in the order of the model. An attention outside of any is a block by itself."""
     linears = [host.name for host in hosts if host.linear]
-    leaves = {leaf for names in PROJECTIONS.values() for leaf in names} | _FURTHER
-    projections = {name for name in linears if _leaf(name) in leaves}
-    named = {role: {name for name in linears if _leaf(name) in names} for role, names in PROJECTIONS.items()}
+    leaves = _FURTHER.union(*PROJECTIONS.values())
+    projections = {name for name in linears if leaf(name) in leaves}
+    named = {role: {name for name in linears if leaf(name) in names} for role, names in PROJECTIONS.items()}
     # A feature called "value" alone is no attention: a query beside it, or the three in one, is.
     anchors = named["fused"] | {
         q for q in named["query"] if _siblings(q, named["key"]) and _siblings(q, named["value"])
     }
-    scopes = dict.fromkeys(_climb(_parent(name), linears, projections) for name in linears if name in anchors)
-    inside = {scope: tuple(name for name in linears if _below(name, scope)) for scope in scopes}
+    scopes = dict.fromkeys(_climb(parent(name), linears, projections) for name in linears if name in anchors)
+    inside = {scope: tuple(name for name in linears if within(name, [scope])) for scope in scopes}
     attended = {name for names in inside.values() for name in names}
-    owners = {scope: _climb(_parent(scope), linears, attended) if scope else scope for scope in scopes}
+    owners = {scope: _climb(parent(scope), linears, attended) if scope else scope for scope in scopes}
     blocks = []
     for path in dict.fromkeys(owners.values()):
         own = [scope for scope, owner in owners.items() if owner == path]
@@ -66,41 +67,29 @@ def find_blocks(hosts: Sequence[Host]) -> list[Block]:
             Attention(scope, inside[scope], _output(inside[scope], projections), cross=i > 0)
             for i, scope in enumerate(own)
         )
-        outside = tuple(name for name in linears if _below(name, path) and name not in attended)
+        outside = tuple(name for name in linears if within(name, [path]) and name not in attended)
         blocks.append(Block(path, attentions, outside if any(own) else ()))
     return blocks
 
 
 def _output(linears: Sequence[str], projections: set[str]) -> str:
     others = [name for name in linears if name not in projections]
-    return ([name for name in others if _leaf(name) in _OUTPUTS] or others or [""])[-1]
+    return ([name for name in others if leaf(name) in _OUTPUTS] or others or [""])[-1]
 
 
 def _climb(start: str, names: list[str], known: set[str]) -> str:
     """The nearest module at or above ``start`` that holds one of ``names`` not yet ``known``, within the same stack."""
     path = start
-    while not any(_below(name, path) and name not in known for name in names):
-        if not path or (_leaf(path).isdigit() and not _numbered(_parent(path))):
+    while not any(within(name, [path]) and name not in known for name in names):
+        if not path or (leaf(path).isdigit() and not _numbered(parent(path))):
             return start  # the top, or out of the stack of blocks: what lies there belongs to the model
-        path = _parent(path)
+        path = parent(path)
     return path
 
 
 def _siblings(name: str, others: set[str]) -> bool:
-    return any(_parent(name) == _parent(other) for other in others)
-
-
-def _below(name: str, path: str) -> bool:
-    return not path or name.startswith(f"{path}.")
+    return any(parent(name) == parent(other) for other in others)
 
 
 def _numbered(path: str) -> bool:
     return any(part.isdigit() for part in path.split("."))
-
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _leaf(path: str) -> str:
-    return path.rpartition(".")[2]

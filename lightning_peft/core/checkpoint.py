@@ -11,12 +11,11 @@ from lightning_peft.core.bounds import no_larger_than, told_as_damage
 from lightning_peft.core.fingerprint import check_base, check_own_base, fingerprint
 from lightning_peft.core.injection import Injection, inject, plan_injection, remove
 from lightning_peft.core.method import Method
-from lightning_peft.core.names import plain_name
 from lightning_peft.core.registry import registries, registry_of
 from lightning_peft.core.saved import resolve_saved
-from lightning_peft.core.slots import CHILD
 from lightning_peft.core.tensor_checks import check_finite
 from lightning_peft.core.transfer import OWN_NAME, load_own
+from lightning_peft.core.walk import CHILD, join, plain_name
 from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, did_you_mean
 
 RECORD = "lightning_peft"
@@ -26,9 +25,7 @@ VERSION = 1
 
 def adapter_keys(model: nn.Module) -> frozenset[str]:
     """The state-dict keys of every adapter at or below ``model``."""
-    return frozenset(
-        f"{path}.{key}" if path else key for path, _, registry in registries(model) for key in registry.own_keys()
-    )
+    return frozenset(join(path, key) for path, _, registry in registries(model) for key in registry.own_keys())
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -78,7 +75,7 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
                 f"The file's adapter {name!r} belongs on '{path}', and {type(model).__name__} has no such module. "
                 "Load it into the class it was trained in."
             )
-        saved += [f"{path}.{top}" if path else top for top in resolve_saved(modules[path], method.modules_to_save)]
+        saved += [join(path, top) for top in resolve_saved(modules[path], method.modules_to_save)]
     _check_mapping(state)
     base = base_keys(model)
     if not (base & state.keys()):

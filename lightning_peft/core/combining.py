@@ -11,10 +11,10 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.hosts import find_hosts
 from lightning_peft.core.injection import Injection, attach, check_name
-from lightning_peft.core.merging import base_tensors
 from lightning_peft.core.method import Placement
 from lightning_peft.core.recipes import RECIPES, SPARSE, WHOLE, Recipe
 from lightning_peft.core.registry import Registry, find_adapter
+from lightning_peft.core.walk import base_tensors
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, did_you_mean
 
 Slots = dict[tuple[str, str], Adapter]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.names import plain_name
 from lightning_peft.core.quantised import Quantised, is_quantised, perhaps_rounded, quantised_weights
 from lightning_peft.core.registry import registries
+from lightning_peft.core.walk import below, join, plain_name, within
 from lightning_peft.errors import BaseMismatchError, CheckpointError, did_you_mean
 
 SAMPLES = 8
@@ -17,7 +17,7 @@ SAMPLES = 8
 Base = dict[str, Tensor | Quantised]
 
 
-def base_tensors(model: nn.Module, within: str = "", saved: Sequence[str] | None = None) -> "Base":
+def base_tensors(model: nn.Module, part: str = "", saved: Sequence[str] | None = None) -> "Base":
     """The base's state by plain names: no adapters, and not the modules whose trained copies travel with an adapter.
 
     Those (a new task head, say) may be initialised differently each time, and their own values are never read. A
@@ -25,41 +25,36 @@ def base_tensors(model: nn.Module, within: str = "", saved: Sequence[str] | None
 
     Args:
         model: the network, with or without adapters.
-        within: path of the part that is meant; the names are seen from there.
+        part: path of the part that is meant; the names are seen from there.
         saved: paths in the part of the modules that are left out; None for those of every adapter of ``model``.
     """
     left_out: set[str] = set()
     tops: list[str] = []
     for prefix, _, registry in registries(model):
-        dot = f"{prefix}." if prefix else ""
-        left_out.update(dot + key for key in registry.own_keys())
-        tops += [
-            plain_name(f"{dot}{path}.") for attachment in registry.attachments.values() for path in attachment.saved
-        ]
+        left_out.update(join(prefix, key) for key in registry.own_keys())
+        tops += [plain_name(join(prefix, path)) for a in registry.attachments.values() for path in a.saved]
     weights: dict[str, Quantised] = {}
     for path, module, name, weight in quantised_weights(model):
-        dot = f"{path}." if path else ""
         biases = {other: p for other, p in module._parameters.items() if p is not None and not is_quantised(p)}
-        weights |= {dot + other: perhaps_rounded(p) for other, p in biases.items()}
-        weights[dot + name] = weight
-        left_out.update(dot + key for key in weight.beside)
-    start = f"{within}." if within else ""
+        weights |= {join(path, other): perhaps_rounded(p) for other, p in biases.items()}
+        weights[join(path, name)] = weight
+        left_out.update(join(path, key) for key in weight.beside)
     if saved is not None:
-        tops = [f"{start}{path}." for path in saved]
+        tops = [join(part, path) for path in saved]
     state = {
         plain_name(key): weights.get(key, tensor)
         for key, tensor in model.state_dict(keep_vars=True).items()
         if key not in left_out
     }
     return {
-        key.removeprefix(start): tensor
+        below(key, part): tensor
         for key, tensor in state.items()
-        if isinstance(tensor, (Tensor, Quantised)) and key.startswith(start) and not key.startswith(tuple(tops))
+        if isinstance(tensor, (Tensor, Quantised)) and within(key, [part]) and not within(key, tops)
     }
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, within: str = "", saved: Sequence[str] | None = None) -> dict[str, Any]:
+def fingerprint(model: nn.Module, part: str = "", saved: Sequence[str] | None = None) -> dict[str, Any]:
     """Describe the base of ``model`` by ``names``, ``shapes``, ``dtypes`` and ``samples`` (names, 8), in fp64.
 
     Of a base with quantised weights also by ``errors``: how far the samples may lie from those of the unquantised base,
@@ -67,7 +62,7 @@ def fingerprint(model: nn.Module, within: str = "", saved: Sequence[str] | None 
 
     The arguments are those of :func:`base_tensors`.
     """
-    tensors = base_tensors(model, within, saved)
+    tensors = base_tensors(model, part, saved)
     seen = [_look(tensor) for tensor in tensors.values()]
     errors = {} if all(look.error is None for look in seen) else {"errors": [look.error for look in seen]}
     return {
@@ -95,8 +90,8 @@ def check_base(model: nn.Module, recorded: Any, saved: tuple[str, ...] = ()) -> 
         BaseMismatchError: names the first tensor that differs.
         CheckpointError: ``recorded`` is not a fingerprint.
     """
-    tops = tuple(f"{plain_name(path)}." for path in saved)
-    compare({key: tensor for key, tensor in base_tensors(model).items() if not key.startswith(tops)}, recorded, model)
+    tops = [plain_name(path) for path in saved]
+    compare({key: tensor for key, tensor in base_tensors(model).items() if not within(key, tops)}, recorded, model)
 
 
 def compare(here: Mapping[str, Tensor | Quantised], recorded: Any, model: nn.Module) -> None:

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_peft.core.names import plain_name
 from lightning_peft.core.quantised import quantised_weights
 from lightning_peft.core.registry import Registry, registry_of
-from lightning_peft.core.slots import CHILD, AdapterSlots, base_modules
+from lightning_peft.core.slots import AdapterSlots
+from lightning_peft.core.walk import CHILD, base_modules, join, plain_name
 
 
 def freeze(model: nn.Module, registry: Registry) -> None:
@@ -98,5 +98,5 @@ def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: st
         # What belongs to a quantised weight is in the state dict of some layers that do not load it again.
         for path, module, _, weight in quantised_weights(model):
             for name in weight.beside - module._parameters.keys() - module._buffers.keys():
-                base.pop(f"{prefix}{path}.{name}" if path else f"{prefix}{name}", None)
+                base.pop(prefix + join(path, name), None)
         state_dict.update(base)

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.slots import AdapterSlots, modules_outside
+from lightning_peft.core.walk import Beside, join, modules_outside, within
 
 
 def task_heads(model: nn.Module) -> list[str]:
@@ -26,7 +26,7 @@ def outside_base(model: nn.Module) -> list[str]:
     for path, pretrained in pretrained_models(model):
         paths += _beside_base(path, pretrained)
         output = pretrained.get_output_embeddings()
-        paths += [_join(path, name) for name, module in pretrained.named_modules() if module is output]
+        paths += [join(path, name) for name, module in pretrained.named_modules() if module is output]
     return paths
 
 
@@ -40,30 +40,29 @@ def pretrained_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The outermost transformers models, known by what every ``PreTrainedModel`` offers; nothing is imported."""
     found: list[str] = []
     for path, module in modules_outside(model):
-        inside = any(not outer or path.startswith(f"{outer}.") for outer in found)
-        if not inside and hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings"):
+        if (
+            not within(path, found)
+            and hasattr(type(module), "base_model_prefix")
+            and hasattr(module, "get_output_embeddings")
+        ):
             found.append(path)
             yield path, module
 
 
 def _beside_base(path: str, pretrained: Any) -> list[str]:
     base = pretrained.base_model
-    children = [(name, child) for name, child in pretrained.named_children() if not isinstance(child, AdapterSlots)]
+    children = [(name, child) for name, child in pretrained.named_children() if not isinstance(child, Beside)]
     if base is pretrained:
         # A few classes hold the parts of their base themselves (T5ForQuestionAnswering): a head has one output a label.
         labels = getattr(pretrained.config, "num_labels", None)
         return [
-            _join(path, name)
+            join(path, name)
             for name, child in children
             if isinstance(child, nn.Linear) and child.out_features == labels
         ]
     inside_base = {id(parameter) for parameter in base.parameters()}
     return [
-        _join(path, name)
+        join(path, name)
         for name, child in children
         if child is not base and any(id(parameter) not in inside_base for parameter in child.parameters())
     ]
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

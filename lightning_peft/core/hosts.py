@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_peft.core.slots import base_modules
+from lightning_peft.core.walk import base_modules, join, parent
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.optional import hf_conv1d
 
@@ -250,10 +250,10 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
         if id(module) in claimed:
             continue
         for weight in weights_of(module):
-            owner = weight.parameter.rpartition(".")[0]
+            owner = parent(weight.parameter)
             if owner:
                 claimed.add(id(module.get_submodule(owner)))
-            name = ".".join(part for part in (path, weight.name) if part)
+            name = join(path, weight.name)
             yield Host(
                 name=name,
                 path=path,

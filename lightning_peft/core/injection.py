@@ -15,7 +15,8 @@ from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.registry import Attachment, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.core.report import Report, report
 from lightning_peft.core.saved import plan_saved, resolve_saved
-from lightning_peft.core.slots import CHILD, AdapterSlots, named_slots, slot_name
+from lightning_peft.core.slots import AdapterSlots, named_slots, slot_name
+from lightning_peft.core.walk import CHILD, leaf, parent
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError
 
 
@@ -187,8 +188,7 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
 
 def _check_weights(host: nn.Module, placement: Placement, names: Iterable[str]) -> None:
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        weight = host.get_submodule(owner)._parameters.get(leaf)
+        weight = host.get_submodule(parent(name))._parameters.get(leaf(name))
         if weight is not None and is_quantised(weight):
             raise NotApplicableError(
                 f"{type(placement.adapter).__name__} changes the '{name}' of '{placement.path}' "

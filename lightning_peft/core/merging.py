@@ -13,7 +13,8 @@ from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.injection import remove
 from lightning_peft.core.quantised import is_quantised, make_plain, plain_dtype, quantised
 from lightning_peft.core.registry import Registry, find_adapter
-from lightning_peft.core.slots import AdapterSlots, adapter_name, base_modules
+from lightning_peft.core.slots import AdapterSlots, adapter_name
+from lightning_peft.core.walk import base_tensors, below, join, leaf, parent, within
 from lightning_peft.errors import NotMergeableError
 
 
@@ -43,8 +44,7 @@ def merge(model: nn.Module, name: str = "default", *, untie: bool = False, dequa
     for tensor, value in folded.values:
         _write(tensor, value)
     # Once no adapter is left, they train as the plain weights that they are.
-    start = f"{prefix}." if prefix else ""
-    registry.trained_before |= {key.removeprefix(start) for key in made if key.startswith(start)}
+    registry.trained_before |= {below(key, prefix) for key in made if within(key, [prefix])}
     _untie(model, folded)
     remove(owner, name)
 
@@ -115,7 +115,7 @@ def _folded(model: nn.Module, name: str, untie: bool, dequantize: bool = False) 
             method = type(registry.attachments[name].method).__name__
             raise NotMergeableError(f"{method} on '{path}' cannot be merged: {error}") from error
         for key, value in changed.items():
-            tensor, where = before[key], ".".join(part for part in (prefix, path, key) if part)
+            tensor, where = before[key], join(prefix, path, key)
             dtype = (plain or value.dtype) if is_quantised(tensor) else tensor.dtype
             if isinstance(host, nn.Embedding) and host.max_norm is not None:
                 raise NotMergeableError(
@@ -169,8 +169,7 @@ def _untie(model: nn.Module, folded: _Folded) -> list[Any]:
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, tensor)
+    setattr(model.get_submodule(parent(name)), leaf(name), tensor)
 
 
 class _Widened(dict[str, Tensor]):
@@ -237,13 +236,6 @@ def _by_host(registry: Registry, name: str) -> dict[str, list[Adapter]]:
     for path, adapter in registry.adapters(name):
         hosts.setdefault(path, []).append(adapter)
     return hosts
-
-
-def base_tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer of the base at and below ``host``; a module reached twice counts once."""
-    for prefix, module in base_modules(host):
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter
 from lightning_peft.core.attention import eject_prefix
-from lightning_peft.core.slots import CHILD
 from lightning_peft.core.taps import Tap
+from lightning_peft.core.walk import CHILD
 from lightning_peft.errors import ConfigError
 
 _ORDER = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")

@@ -5,7 +5,7 @@ from torch.nn.modules.batchnorm import _NormBase  # of every BatchNorm, SyncBatc
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.core.hosts import weights_of
-from lightning_peft.core.slots import CHILD, base_modules
+from lightning_peft.core.walk import CHILD, base_modules
 
 _TORCH = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 

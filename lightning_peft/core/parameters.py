@@ -10,6 +10,7 @@ from lightning_peft.core.hosts import find_hosts
 from lightning_peft.core.norms import is_norm
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.saved import readers
+from lightning_peft.core.walk import join, leaf, parent, within
 
 KINDS = ("weight", "bias", "norm", "embedding")
 """Matrices and kernels, bias vectors (those of norms too), all of a norm, tables. Some parameters are none of these."""
@@ -56,12 +57,11 @@ def find_parameters(model: nn.Module) -> list[BaseParameter]:
     found: list[BaseParameter] = []
     for path, module, names in readers(model):
         for name in names:
-            owner, leaf = name.rpartition(".")[0], name.rpartition(".")[2]
-            tensor = module.get_submodule(owner)._parameters.get(leaf)
+            tensor = module.get_submodule(parent(name))._parameters.get(leaf(name))
             if tensor is None:  # a buffer
                 continue
-            kinds = _kinds(module, leaf, tensor, tables)
-            own = layers.get((path, name), [(".".join(part for part in (path, owner) if part), 0, 0)])
+            kinds = _kinds(module, leaf(name), tensor, tables)
+            own = layers.get((path, name), [(join(path, parent(name)), 0, 0)])
             for layer, start, end in own:
                 part = (start, end) if len(own) > 1 else None
                 found.append(BaseParameter(layer, path, module, name, tensor, kinds, part))
@@ -76,17 +76,12 @@ def count(parameters: Iterable[BaseParameter]) -> int:
 
 def outside(parameters: Iterable[BaseParameter], saved: Sequence[str]) -> list[BaseParameter]:
     """Those of ``parameters`` that are not trained whole with one of the modules ``saved``."""
-    return [p for p in parameters if not inside(p.layer, saved)]
+    return [p for p in parameters if not within(p.layer, saved)]
 
 
-def inside(name: str, paths: Iterable[str]) -> bool:
-    """Whether a module is one of those at ``paths``, or below one."""
-    return any(not path or f"{name}.".startswith(f"{path}.") for path in paths)
-
-
-def _kinds(module: nn.Module, leaf: str, tensor: nn.Parameter, tables: set[int]) -> frozenset[str]:
+def _kinds(module: nn.Module, name: str, tensor: nn.Parameter, tables: set[int]) -> frozenset[str]:
     kinds = set()
-    if leaf == "bias" or (_BIAS.fullmatch(leaf) and tensor.dim() == 1):  # bias_k of an attention is a token
+    if name == "bias" or (_BIAS.fullmatch(name) and tensor.dim() == 1):  # bias_k of an attention is a token
         kinds.add("bias")
     if is_norm(module):
         kinds.add("norm")

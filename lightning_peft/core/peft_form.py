@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.slots import base_modules
 from lightning_peft.core.targets import matches_end
+from lightning_peft.core.walk import base_modules
 from lightning_peft.errors import BaseMismatchError, CheckpointError
 
 PROMPT = "prompt_embeddings"

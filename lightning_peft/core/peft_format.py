@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_peft.core.method import Method, Placement, registered_methods
 from lightning_peft.core.peft_form import CONFIG, PROMPT, PeftFile, PeftForm, PeftTensor, listed
 from lightning_peft.core.saved import SavedParameters
-from lightning_peft.core.slots import base_modules
 from lightning_peft.core.tensor_checks import check_tensor
+from lightning_peft.core.walk import base_modules, join, within
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
 
 # transformers calls its models after their task, and peft has a class for some of the tasks.
@@ -46,9 +46,7 @@ def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -
     if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
         return None
     saved = {
-        f"{placement.path}.{name}" if placement.path else name: PeftTensor(
-            (copy,), trained=isinstance(copy, nn.Parameter)
-        )
+        join(placement.path, name): PeftTensor((copy,), trained=isinstance(copy, nn.Parameter))
         for placement in placements
         if isinstance(placement.adapter, SavedParameters)
         for name, copy in placement.adapter.copies().items()
@@ -68,11 +66,11 @@ def to_files(form: PeftForm, saved: Sequence[str], model: nn.Module) -> tuple[di
     tensors = {key if key == PROMPT else prefix + key: tensor.value() for key, tensor in form.tensors.items()}
     task, names = _task(model, prompt), sorted(saved)
     beside = _beside(saved, (*names, *_HEADS.get(task or "", ())), model)
-    if any(_inside(key, beside) for key in form.tensors):  # peft would train whole what carries an adapter
+    if any(within(key, beside) for key in form.tensors):  # peft would train whole what carries an adapter
         task, names = "FEATURE_EXTRACTION" if prompt else None, [prefix + path for path in names]
         beside = []
     for path, module in base_modules(model):
-        if _inside(path, beside):
+        if within(path, beside):
             tensors |= {prefix + key: tensor.detach().cpu().clone() for key, tensor in _state(path, module).items()}
     config = {
         **form.config,
@@ -104,7 +102,7 @@ def from_files(
     stripped = strip(tensors)
     names = [*listed(config, "modules_to_save"), *_HEADS.get(str(config.get("task_type")), ())]
     state, tops = base_state(model), wrapped(names, model)
-    whole = {key: top for top in tops for key in stripped if key in state and _inside(key, [top])}
+    whole = {key: top for top in tops for key in stripped if key in state and within(key, [top])}
     file = PeftFile(config=config, tensors={k: t for k, t in stripped.items() if k not in whole}, model=model)
     method, read = _reader(kind, config).from_peft(file)
     _check_targets(config, read, [*whole.values()], model)
@@ -182,12 +180,12 @@ def wrapped(names: Iterable[str], model: nn.Module) -> list[str]:
     if not ends:
         return []
     found = [path for path, _ in base_modules(model) if path and f"base_model.model.{path}".endswith(ends)]
-    return [path for path in found if not any(path != other and _inside(path, [other]) for other in found)]
+    return [path for path in found if not any(path != other and within(path, [other]) for other in found)]
 
 
 def _beside(saved: Sequence[str], names: Sequence[str], model: nn.Module) -> list[str]:
     """Modules that peft takes along beside those ``saved``, and whose values it then wants."""
-    return [path for path in wrapped(names, model) if not _inside(path, saved)]
+    return [path for path in wrapped(names, model) if not within(path, saved)]
 
 
 def _check_targets(config: Mapping[str, Any], keys: Iterable[str], saved: Sequence[str], model: nn.Module) -> None:
@@ -210,8 +208,8 @@ def _check_targets(config: Mapping[str, Any], keys: Iterable[str], saved: Sequen
             meant = {path for path in meant if _layer(path, containers) in indices}
     except re.error as error:
         raise CheckpointError(f"{CONFIG}: a pattern is no regular expression ({error}).") from error
-    with_tensors = {path for path in meant if any(_inside(key, [path]) for key in keys)}
-    if lacking := sorted(path for path in meant - with_tensors if not _inside(path, saved)):
+    with_tensors = {path for path in meant if any(within(key, [path]) for key in keys)}
+    if lacking := sorted(path for path in meant - with_tensors if not within(path, saved)):
         raise BaseMismatchError(
             f"{CONFIG}: target_modules means '{lacking[0]}' too, and the file has no tensors for it. The adapter was "
             "trained on another base, with fewer layers, or is incomplete."
@@ -258,12 +256,7 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _state(path: str, module: nn.Module) -> dict[str, Tensor]:
     own = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
-    start = f"{path}." if path else ""
-    return {start + name: tensor for name, tensor in {**module._parameters, **own}.items() if tensor is not None}
-
-
-def _inside(path: str, tops: Iterable[str]) -> bool:
-    return any(f"{path}.".startswith(f"{top}.") for top in tops)
+    return {join(path, name): tensor for name, tensor in {**module._parameters, **own}.items() if tensor is not None}
 
 
 def _equal(own: Tensor, other: Tensor) -> bool:

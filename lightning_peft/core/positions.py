@@ -18,7 +18,7 @@ from lightning_peft.core.model_call import (
     takes_positions,
     with_shifted_positions,
 )
-from lightning_peft.core.slots import base_modules
+from lightning_peft.core.walk import base_modules, join, leaf, parent, within
 from lightning_peft.errors import ConfigError
 
 
@@ -40,19 +40,19 @@ def positions_above(model: nn.Module, path: str) -> list[str]:
     numbers; else what computes positions in it. Patches of an image and frames of a recording have places of their own.
     """
     block = path
-    towers: tuple[str, ...] = ()  # of what was passed on the way out
+    towers: list[str] = []  # of what was passed on the way out
     while path:
-        below, path = path, path.rpartition(".")[0]
+        inner, path = path, parent(path)
         owner = model.get_submodule(path)
-        towers += tuple(f"{_join(path, name)}." for name in _towers(owner) if _join(path, name) != below)
-        modules = ((_join(path, name), module) for name, module in base_modules(owner))
-        own = {name: module for name, module in modules if not f"{name}.".startswith(towers)}
+        towers += [join(path, name) for name in _towers(owner) if join(path, name) != inner]
+        modules = ((join(path, name), module) for name, module in base_modules(owner))
+        own = {name: module for name, module in modules if not within(name, towers)}
         found = {name: module for name, module in own.items() if _is_table(name, module) or _computes(module)}
         counts = numbers_tokens(owner)
         # A list of blocks numbers nothing, and what stands in the block itself is asked from further out.
-        if not counts and (isinstance(owner, nn.ModuleList) or all(name.startswith(f"{block}.") for name in found)):
+        if not counts and (isinstance(owner, nn.ModuleList) or all(within(name, [block]) for name in found)):
             continue
-        beside = [name for name in own.keys() - found.keys() if not name.startswith(f"{below}.")]
+        beside = [name for name in own.keys() - found.keys() if not within(name, [inner])]
         if not any(isinstance(own[name], nn.Embedding) for name in beside):
             return []
         learned = any(isinstance(module, nn.Embedding) for module in found.values())
@@ -82,7 +82,7 @@ def check_room(name: str, virtual: int, path: str, module: nn.Module) -> None:
         if free is not None and virtual >= free:
             raise ConfigError(
                 f"{name}: {virtual} virtual tokens leave no room for a text, since the position table "
-                f"'{_join(path, below)}' has {free} positions. Use fewer (num_virtual_tokens)."
+                f"'{join(path, below)}' has {free} positions. Use fewer (num_virtual_tokens)."
             )
 
 
@@ -103,7 +103,7 @@ class StackShift(InputAdapter):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call, positions = with_shifted_positions(bound(self.names, args, kwargs), self.amount)
         if self.end is not None:
-            _check_end(positions, self.end[0], _join(self.path, self.end[1]), self.amount)
+            _check_end(positions, self.end[0], join(self.path, self.end[1]), self.amount)
         return (), call
 
 
@@ -148,8 +148,7 @@ def _check_end(positions: Any, rows: int, path: str, amount: int) -> None:
 
 
 def _is_table(path: str, module: nn.Module) -> bool:
-    leaf = path.rpartition(".")[2]
-    return isinstance(module, nn.Embedding) and ("pos" in leaf or leaf == "wpe")
+    return isinstance(module, nn.Embedding) and ("pos" in leaf(path) or leaf(path) == "wpe")
 
 
 def _computes(module: nn.Module) -> bool:
@@ -169,7 +168,3 @@ def _beside_towers(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The position modules in ``module`` but for those of its towers, which may be for an image beside its text."""
     towers = _towers(module)
     return [(name, m) for name, m in position_modules(module) if name.partition(".")[0] not in towers]
-
-
-def _join(path: str, name: str) -> str:
-    return ".".join(part for part in (path, name) if part)

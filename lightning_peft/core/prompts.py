@@ -32,8 +32,9 @@ from lightning_peft.core.model_call import (
 )
 from lightning_peft.core.padding import insert, overwrite
 from lightning_peft.core.positions import check_room, free_positions, position_modules
-from lightning_peft.core.slots import CHILD, adapter_name
+from lightning_peft.core.slots import adapter_name
 from lightning_peft.core.taps import Tap
+from lightning_peft.core.walk import CHILD
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.optional import check_hf_version
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.heads import pretrained_models
-from lightning_peft.core.slots import AdapterSlots, modules_outside
+from lightning_peft.core.walk import Beside, join, leaf, modules_outside, parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +59,10 @@ def is_quantised(tensor: Tensor) -> bool:
 
 def quantised(module: nn.Module, name: str = "weight") -> Quantised | None:
     """The weight ``name`` of ``module``, a path, if it is quantised; else None."""
-    owner, _, leaf = name.rpartition(".")
-    module = module.get_submodule(owner)
-    weight = module._parameters.get(leaf)
+    module, name = module.get_submodule(parent(name)), leaf(name)
+    weight = module._parameters.get(name)
     reader = None if weight is None else _reader(type(weight))
-    return reader(module, leaf, weight) if reader else None
+    return reader(module, name, weight) if reader else None
 
 
 def plain_weight(module: nn.Module, name: str = "weight") -> Tensor:
@@ -111,7 +110,7 @@ def plain_dtype(model: nn.Module) -> torch.dtype | None:
     pending = [model]
     while pending:
         module = pending.pop()
-        if isinstance(module, AdapterSlots):
+        if isinstance(module, Beside):
             continue
         pending += module.children()
         own = [p for p in module._parameters.values() if p is not None]
@@ -141,7 +140,7 @@ def make_plain(model: nn.Module) -> dict[str, tuple[Tensor, nn.Parameter]]:
         if id(held) not in plain:
             values = weight.dequantise()
             plain[id(held)] = nn.Parameter(values.to(dtype or values.dtype), requires_grad=False)
-        made[f"{path}.{name}" if path else name] = held, plain[id(held)]
+        made[join(path, name)] = held, plain[id(held)]
         _become_plain(module, weight)
         module._parameters[name] = plain[id(held)]  # at the same place among the others
         for other in module._parameters.values():

@@ -8,7 +8,8 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import Method
-from lightning_peft.core.slots import AdapterSlots, modules_outside
+from lightning_peft.core.slots import AdapterSlots
+from lightning_peft.core.walk import modules_outside
 from lightning_peft.errors import AdapterNameError, did_you_mean
 
 _ATTRIBUTE = "_peft_registry"

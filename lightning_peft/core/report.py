@@ -14,7 +14,7 @@ from torch import nn
 from lightning_peft.core.quantised import packed_sizes
 from lightning_peft.core.registry import registries
 from lightning_peft.core.saved import SavedParameters
-from lightning_peft.core.slots import AdapterSlots, base_modules
+from lightning_peft.core.walk import base_children, base_modules, join, within
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def report(model: nn.Module) -> Report:
                 whole = isinstance(adapter, SavedParameters)
                 kind = "trained whole" if whole else type(attachment.method.planner_of(part)).__name__
                 trainable = sum(p.numel() for p in parameters if p.requires_grad)
-                hosts.append(HostRow(_join(prefix, path), kinds[path], name, kind, trainable))
-            left_out += [(_join(prefix, path), reason) for path, reason in attachment.left_out]
-            saved.update(_join(prefix, path) for path in attachment.saved)
+                hosts.append(HostRow(join(prefix, path), kinds[path], name, kind, trainable))
+            left_out += [(join(prefix, path), reason) for path, reason in attachment.left_out]
+            saved.update(join(prefix, path) for path in attachment.saved)
     parameters, packed = list(model.parameters()), packed_sizes(model)
     return Report(
         hosts=tuple(hosts),
@@ -126,27 +126,15 @@ def report(model: nn.Module) -> Report:
 
 def _parts(model: nn.Module, adapted: set[str], saved: set[str], packed: dict[int, int]) -> Iterator[PartRow]:
     """The outermost parts of the base: the children of the first module that has more than one with parameters."""
-    path, children = "", _children(model)
-    while len(children) == 1 and len(_children(children[0][1])) > 0:
-        path, children = _join(path, children[0][0]), _children(children[0][1])
+    path, children = "", base_children(model)
+    while len(children) == 1 and len(base_children(children[0][1])) > 0:
+        path, children = join(path, children[0][0]), base_children(children[0][1])
     for name, child in children:
-        part = _join(path, name)
+        part = join(path, name)
         # Each parameter once: tied ones would count twice.
         modules = (module for _, module in base_modules(child))
         own = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-        inside = [host for host in adapted if host == part or host.startswith(f"{part}.")]
-        whole = any(part == top or part.startswith(f"{top}.") for top in saved)
+        inside = any(within(host, [part]) for host in adapted)
+        whole = within(part, saved)
         state = "trained whole" if whole else "frozen, adapted" if inside else "frozen"
         yield PartRow(part, sum(packed.get(id(p), p.numel()) for p in own.values()), state)
-
-
-def _children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [
-        (name, child)
-        for name, child in module.named_children()
-        if not isinstance(child, AdapterSlots) and any(True for _ in child.parameters())
-    ]
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path and name else path or name

@@ -21,6 +21,7 @@ from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.norms import find_norms
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.tensors import first_input, first_output
+from lightning_peft.core.walk import below, leaf, parent, within
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def find_sublayers(model: nn.Module) -> list[Sublayer]:
     for block in find_blocks(list(hosts.values())):
         path = block.path
         while isinstance(model.get_submodule(path), (nn.ModuleList, nn.ModuleDict)):
-            path = path.rpartition(".")[0]  # T5 keeps a block's sublayers in a list: what runs is the module around it
+            path = parent(path)  # T5 keeps a block's sublayers in a list: what runs is the module around it
         found += _sublayers(model, replace(block, path=path), hosts, norms, weightless)
     return found
 
@@ -81,11 +82,7 @@ def _sublayers(
     sublayer = Sublayer("ffn", block.path, hosts[block.ffn[0]].path, end.path, width)
     found[sublayer] = {hosts[name].path for name in block.ffn}
     inside = set().union(*found.values())
-    own = [
-        path
-        for path, norm in norms
-        if (not block.path or path.startswith(f"{block.path}.")) and norm.get_parameter("weight").numel() == width
-    ]
+    own = [path for path, norm in norms if within(path, [block.path]) and norm.get_parameter("weight").numel() == width]
     look = _Look(block.path, [*own, *inside])
     look.run(model.get_submodule(block.path), width, any(s.kind == "cross-attention" for s in found), weightless)
     return (look.finished and _by_calls(found, own, look)) or _by_definition(list(found), own, inside, look)
@@ -132,10 +129,10 @@ def _by_calls(found: dict[Sublayer, set[str]], norms: Sequence[str], look: "_Loo
 
 def _by_definition(found: Sequence[Sublayer], norms: Sequence[str], inside: set[str], look: "_Look") -> list[Sublayer]:
     """The sublayers with the norms in the order in which the block defines both."""
-    leaves = {leaf for names in PROJECTIONS.values() for leaf in names}
+    leaves = set().union(*PROJECTIONS.values())
     # The norms of single heads sit beside the projections.
-    projecting = {path.rpartition(".")[0] for path in inside if path.rpartition(".")[2] in leaves} - {found[0].block}
-    norms = [path for path in norms if path.rpartition(".")[0] not in projecting]
+    projecting = {parent(path) for path in inside if leaf(path) in leaves} - {found[0].block}
+    norms = [path for path in norms if parent(path) not in projecting]
     pre = look.calls[0] in norms if look.calls else None
     pairs = [("", s.output) for s in found]
     if len(norms) == len(found):
@@ -154,7 +151,7 @@ class _Look:
     """Which of some modules a block calls, in which order, and what they hand to each other."""
 
     def __init__(self, path: str, names: Sequence[str]) -> None:
-        self.names = {name: name[len(path) + 1 :] if path else name for name in names if name != path}
+        self.names = {name: below(name, path) for name in names if name != path}
         self.calls: list[str] = []
         self.finished = False
         self._entered: dict[str, tuple[Any, int]] = {}
@@ -169,9 +166,9 @@ class _Look:
             for module in twin.modules():
                 module._forward_pre_hooks.clear()
                 module._forward_hooks.clear()
-            for name, below in self.names.items():
-                twin.get_submodule(below).register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                twin.get_submodule(below).register_forward_hook(self._leave(name))
+            for name, inner in self.names.items():
+                twin.get_submodule(inner).register_forward_pre_hook(self._enter(name), with_kwargs=True)
+                twin.get_submodule(inner).register_forward_hook(self._leave(name))
             weight = next(twin.parameters())
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             stream = torch.empty(1, 2, width, device="meta", dtype=dtype)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from lightning_peft.core.blocks import PROJECTIONS, find_blocks
 from lightning_peft.core.hosts import Host
+from lightning_peft.core.walk import leaf
 
 ROLES = ("attention", "query", "key", "value", "attention-output", "ffn", "ffn-output")
 
@@ -18,5 +19,5 @@ def find_roles(hosts: Sequence[Host]) -> dict[str, set[str]]:
         found["ffn"].update(block.ffn)
         found["ffn-output"].update(block.ffn[-1:])
     for role, leaves in PROJECTIONS.items():
-        found[role] = {name for name in found["attention"] if name.rpartition(".")[2] in leaves}
+        found[role] = {name for name in found["attention"] if leaf(name) in leaves}
     return found

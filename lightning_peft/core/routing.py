@@ -19,7 +19,8 @@ from lightning_peft.core.adapter import BatchedForm, OutputAdapter
 from lightning_peft.core.model_call import is_cache
 from lightning_peft.core.registry import Registry, find_in, registries
 from lightning_peft.core.rows import Assignment, Group, joined, joined_cache, swapped, tensors
-from lightning_peft.core.slots import AdapterSlots, base_modules
+from lightning_peft.core.slots import AdapterSlots
+from lightning_peft.core.walk import base_modules
 from lightning_peft.errors import ConfigError, NotApplicableError
 
 

@@ -15,8 +15,8 @@ from lightning_peft.core.hosts import read_parameters
 from lightning_peft.core.method import Placement
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.recipes import Recipe
-from lightning_peft.core.slots import base_modules
 from lightning_peft.core.targets import match_modules
+from lightning_peft.core.walk import base_modules, join, leaf, parent
 from lightning_peft.errors import NotApplicableError
 
 Copies = dict[int, nn.Parameter]
@@ -42,11 +42,11 @@ class TunedParameters(WeightAdapter):
             while hasattr(self, own):
                 own += "_"
             self._places[path] = own
-            owner, leaf = host.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-            if leaf in owner._parameters:
-                self.register_parameter(own, trainable_copy(getattr(owner, leaf), path, copies))
+            owner, name = host.get_submodule(parent(path)), leaf(path)
+            if name in owner._parameters:
+                self.register_parameter(own, trainable_copy(getattr(owner, name), path, copies))
             else:
-                self.register_buffer(own, getattr(owner, leaf).detach().clone())
+                self.register_buffer(own, getattr(owner, name).detach().clone())
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         own: Tensor = getattr(self, self._places[name])
@@ -129,7 +129,7 @@ def readers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]
         if id(module) in claimed:
             continue
         names = read_parameters(module)
-        claimed.update(id(module.get_submodule(name.rpartition(".")[0])) for name in names if "." in name)
+        claimed.update(id(module.get_submodule(parent(name))) for name in names if "." in name)
         if names:
             yield path, module, names
 
@@ -139,4 +139,4 @@ def plan_saved(model: nn.Module, saved: Sequence[str]) -> Iterator[Placement]:
     copies: Copies = {}
     for top in saved:
         for below, module, _ in readers(model.get_submodule(top)):
-            yield Placement(f"{top}.{below}" if below else top, SavedParameters(module, copies=copies))
+            yield Placement(join(top, below), SavedParameters(module, copies=copies))

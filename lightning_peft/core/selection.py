@@ -10,11 +10,12 @@ from lightning_peft.core.entries import TunedEntries, entries
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import find_hosts
 from lightning_peft.core.method import Placement
-from lightning_peft.core.parameters import COMPONENTS, BaseParameter, count, find_parameters, inside, outside
+from lightning_peft.core.parameters import COMPONENTS, BaseParameter, count, find_parameters, outside
 from lightning_peft.core.roles import ROLES, find_roles
 from lightning_peft.core.saved import Copies, TunedParameters, check_trainable, trainable_copy
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.core.targets import each_pattern, match_names, matches_end, narrow
+from lightning_peft.core.walk import within
 from lightning_peft.errors import NotApplicableError, TargetError, did_you_mean
 
 
@@ -51,7 +52,7 @@ def select_parameters(
         )
     if method.target_modules is None:
         heads = task_heads(model)
-        chosen = {p.layer for p in candidates if not inside(p.layer, heads)}
+        chosen = {p.layer for p in candidates if not within(p.layer, heads)}
     else:
         chosen = set()
         for pattern in each_pattern(method.target_modules):
@@ -94,7 +95,7 @@ class _Scope:
         self.every = find_parameters(model)
         self.free = outside(self.every, saved)
         self.layers = list(dict.fromkeys(p.layer for p in self.free))
-        self.roles = find_roles([host for host in find_hosts(model) if not inside(host.name, saved)])
+        self.roles = find_roles([host for host in find_hosts(model) if not within(host.name, saved)])
         self.roles |= {kind: {p.layer for p in self.free if kind in p.kinds} for kind in COMPONENTS}
         # "norm" means every norm, also where one layer has that very name.
         exclude = list(each_pattern(method.exclude_modules))

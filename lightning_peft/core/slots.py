@@ -13,16 +13,14 @@ from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
-from lightning_peft.core.names import is_wrapper, plain_name
 from lightning_peft.core.tensors import first_input
-
-CHILD = "peft"  # the name under which a host carries its slots
+from lightning_peft.core.walk import CHILD, Beside, leaf, modules_outside, parent
 
 _Kinds = tuple[tuple[InputAdapter, ...], tuple[OutputAdapter, ...], tuple[WeightAdapter, ...]]
 _NONE: _Kinds = ((), (), ())
 
 
-class AdapterSlots(nn.Module):
+class AdapterSlots(Beside):
     """All adapters of one host, and the hooks through which the active ones act, in the order of activation."""
 
     active: tuple[str, ...]
@@ -230,34 +228,9 @@ def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots
             yield path, module, slots
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without the adapters and what torch has wrapped around modules, by plain names.
-
-    ``model.get_submodule`` knows these names, too: a wrapper passes on what it is asked for.
-    """
-    for path, module in modules_outside(model):
-        if not is_wrapper(module):
-            yield plain_name(path), module
-
-
-def modules_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` without the adapters, and many times faster: switching adapters waits for it."""
-    seen: set[int] = set()
-    pending: list[tuple[str, nn.Module]] = [("", model)]
-    while pending:
-        path, module = pending.pop()
-        if id(module) in seen or isinstance(module, AdapterSlots):
-            continue
-        seen.add(id(module))
-        yield path, module
-        below = [(f"{path}.{name}" if path else name, m) for name, m in module._modules.items() if m is not None]
-        pending += reversed(below)
-
-
 def _table(host: nn.Module, path: str) -> tuple[dict[str, Any], str]:
     """The table of parameters, buffers or plain attributes that holds ``path`` of ``host``, and the name in it."""
-    prefix, _, name = path.rpartition(".")
-    owner = host.get_submodule(prefix) if prefix else host
+    owner, name = host.get_submodule(parent(path)) if "." in path else host, leaf(path)
     return next(table for table in (owner._parameters, owner._buffers, vars(owner)) if name in table), name
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from lightning_peft.core.heads import outside_base
 from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.roles import ROLES, find_roles
-from lightning_peft.core.slots import base_modules
+from lightning_peft.core.walk import base_modules, leaf, within
 from lightning_peft.errors import TargetError, did_you_mean
 
 ALL_LINEAR = "all-linear"
@@ -23,7 +23,7 @@ def select_hosts(
     targets: list[str] | str,
     exclude: Patterns = None,
     layers: Sequence[int] | None = None,
-    saved: Iterable[str] = (),
+    saved: Sequence[str] = (),
 ) -> list[Host]:
     """Choose the hosts that a method adapts.
 
@@ -41,11 +41,11 @@ def select_hosts(
     hosts: list[Host] = []
     whole: list[Host] = []
     for host in find_hosts(model):
-        (whole if any(_within(host.name, path) for path in saved) else hosts).append(host)
+        (whole if within(host.name, saved) else hosts).append(host)
     roles = {} if targets == ALL_LINEAR and exclude is None else find_roles(hosts)
     if targets == ALL_LINEAR:
         head = outside_base(model)
-        chosen = {host.name for host in hosts if host.linear and not any(_within(host.name, path) for path in head)}
+        chosen = {host.name for host in hosts if host.linear and not within(host.name, head)}
     else:
         chosen = set().union(*(_match_target(pattern, hosts, roles, whole) for pattern in each_pattern(targets)))
     names = narrow(chosen, [host.name for host in hosts], exclude, layers, roles)
@@ -62,7 +62,7 @@ def select_modules(
     targets: list[str] | str,
     exclude: Patterns = None,
     layers: Sequence[int] | None = None,
-    saved: Iterable[str] = (),
+    saved: Sequence[str] = (),
 ) -> list[str]:
     """Choose modules of any kind by name suffix, role or one regular expression; the rest as :func:`select_hosts`.
 
@@ -83,11 +83,11 @@ def select_modules(
         if not names:
             raise TargetError(
                 f"target_modules: no module is called {pattern!r} in {type(model).__name__}."
-                f"{did_you_mean(pattern, {name.rpartition('.')[2] for name in runs})}"
+                f"{did_you_mean(pattern, {leaf(name) for name in runs})}"
             )
         chosen |= {runs[name] for name in names}
     left = narrow(chosen, list(runs), exclude, layers, roles)
-    inside = [runs[name] for name in left if not any(_within(runs[name], path) for path in saved)]
+    inside = [runs[name] for name in left if not within(runs[name], saved)]
     if not inside:
         raise TargetError(
             f"Nothing to adapt: target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r} and "
@@ -151,10 +151,10 @@ def match_modules(model: nn.Module, patterns: Iterable[str], field: str) -> list
         if not paths:
             raise TargetError(
                 f"{field}: no module with parameters is called {pattern!r} in {type(model).__name__}."
-                f"{did_you_mean(pattern, {path.rpartition('.')[2] for path, _ in named})}"
+                f"{did_you_mean(pattern, {leaf(path) for path, _ in named})}"
             )
         found += [path for path in paths if path not in found]
-    return [path for path in found if not any(path != other and _within(path, other) for other in found)]
+    return [path for path in found if not any(path != other and within(path, [other]) for other in found)]
 
 
 def layer_index(name: str) -> tuple[str, int] | None:
@@ -218,7 +218,7 @@ def match_names(pattern: str, names: Iterable[str], field: str) -> set[str]:
 
 def _known(pattern: str, hosts: Sequence[Host]) -> str:
     """A sentence on what could have been meant: near names if there are any, else every kind of layer there is."""
-    leaves = {host.name.rpartition(".")[2]: type(host.module).__name__ for host in hosts}
+    leaves = {leaf(host.name): type(host.module).__name__ for host in hosts}
     if near := did_you_mean(pattern, leaves):
         return near
     if not leaves:
@@ -228,7 +228,3 @@ def _known(pattern: str, hosts: Sequence[Host]) -> str:
 
 def _ends_with(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith(f".{suffix}")
-
-
-def _within(name: str, path: str) -> bool:
-    return name == path or name.startswith(f"{path}.") or not path

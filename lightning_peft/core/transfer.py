@@ -18,14 +18,13 @@ from lightning_peft.core.fingerprint import SAMPLES, base_tensors, compare, fing
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.injection import Injection, attach, plan_injection
 from lightning_peft.core.method import Method, Placement
-from lightning_peft.core.names import plain_name
-from lightning_peft.core.parameters import inside
 from lightning_peft.core.peft_format import fill, form_of, from_files, strip, to_files
 from lightning_peft.core.registry import find_adapter
 from lightning_peft.core.report import Report
 from lightning_peft.core.saved import SavedParameters
-from lightning_peft.core.slots import CHILD, slot_name
+from lightning_peft.core.slots import slot_name
 from lightning_peft.core.tensor_checks import check_tensor
+from lightning_peft.core.walk import CHILD, below, join, plain_name, within
 from lightning_peft.errors import AdapterKeyError, CheckpointError, TargetError, did_you_mean
 
 OWN_NAME = "default"
@@ -50,7 +49,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     placements = [Placement(place, adapter, part) for place, part, adapter in registry.parts(name)]
     whole = [plain_name(place) for place in attachment.saved]
     found = _sole_network(owner)
-    inward = found is not None and all(inside(place, [found[0]]) for place in [*(p.path for p in placements), *whole])
+    inward = found is not None and all(within(place, [found[0]]) for place in [*(p.path for p in placements), *whole])
     root, network = found if found and inward else ("", owner)
     placements = _seen_from(root, placements)
     saved = [_cut(place, root) for place in whole]
@@ -158,7 +157,7 @@ def _from_record(model: nn.Module, directory: Directory, record: Mapping[str, An
         return injection
     load_own(_without_saved(placements), directory.trained or {})
     # Of peft's file, what was computed is left.
-    saved_part = replace(form, tensors={k: t for k, t in form.tensors.items() if inside(k, saved)})
+    saved_part = replace(form, tensors={k: t for k, t in form.tensors.items() if within(k, saved)})
     fill(saved_part, {k: t for k, t in tensors.items() if k in saved_part.tensors or k not in form.tensors}, network)
     return injection
 
@@ -188,7 +187,7 @@ def _placed_alike(
         method = named if type(named) is type(method) else method
     else:
         paths = dict.fromkeys(
-            place.partition(":")[0] for place in record["places"] if not inside(place, record["modules_to_save"])
+            place.partition(":")[0] for place in record["places"] if not within(place, record["modules_to_save"])
         )
         method = method.pointed_at(list(paths))
     if "modules_to_save" in method.field_names():
@@ -228,7 +227,7 @@ def _sole_network(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def _cut(path: str, root: str) -> str:
-    return plain_name(path) if not root else plain_name(path).removeprefix(root).removeprefix(".")
+    return below(plain_name(path), root)
 
 
 def _seen_from(root: str, placements: Sequence[Placement]) -> list[Placement]:
@@ -258,7 +257,7 @@ def _without_saved(placements: Sequence[Placement]) -> list[Placement]:
 
 
 def _prefix(placement: Placement) -> str:
-    return ".".join(part for part in (placement.path, CHILD, slot_name(OWN_NAME, placement.part)) if part) + "."
+    return join(placement.path, CHILD, slot_name(OWN_NAME, placement.part)) + "."
 
 
 def _own(placements: Sequence[Placement]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.core.hosts import ConvLayout, weights_of
 from lightning_peft.core.norms import is_norm
-from lightning_peft.core.slots import base_modules
+from lightning_peft.core.walk import base_modules
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from lightning_peft.core.taps import Capture, Tap
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.core.targets import narrow, select_modules
 from lightning_peft.core.tensors import first_input, first_output, with_first_input, with_first_output
+from lightning_peft.core.walk import within
 from lightning_peft.core.widths import Width, width_of
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 
@@ -160,7 +161,7 @@ class BottleneckAdapter(TargetedMethod):
             paths = select_modules(model, self.target_modules, self.exclude_modules, self.layers, saved)
             return Plan([Placement(path, self._on(path, model.get_submodule(path))) for path in paths])
         kinds = {"attention": "after_attention", "cross-attention": "after_cross_attention", "ffn": "after_ffn"}
-        every = [s for s in find_sublayers(model) if not any(f"{s.output}.".startswith(f"{p}.") for p in saved)]
+        every = [s for s in find_sublayers(model) if not within(s.output, saved)]
         parts = {kind: {s.output for s in every if s.kind == kind} for kind in kinds}
         wanted: set[str] = set()
         for kind, field in kinds.items():

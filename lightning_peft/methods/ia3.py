@@ -29,6 +29,7 @@ from lightning_peft.core.roles import find_roles
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.core.targets import each_pattern, match_names, narrow, select_hosts
 from lightning_peft.core.tensors import first_input, with_first_input
+from lightning_peft.core.walk import leaf, within
 from lightning_peft.errors import NotApplicableError, TargetError
 
 _BY_HEAD = {"query_key_value"}  # what GPT-NeoX, BLOOM and Falcon call a layer with the three of each head side by side
@@ -57,16 +58,16 @@ class IA3(TargetedMethod):
         self.check_patterns("feedforward_modules")
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        hosts = [h for h in find_hosts(model) if not any(f"{h.name}.".startswith(f"{path}.") for path in saved)]
+        hosts = [h for h in find_hosts(model) if not within(h.name, saved)]
         roles = find_roles(hosts)
         feedforward, queries = self.feedforward_modules, {}
         if self.target_modules is not None:
             chosen = select_hosts(model, self.target_modules, self.exclude_modules, self.layers, saved)
         else:
-            if mixed := next((name for name in roles["fused"] if name.rpartition(".")[2] in _BY_HEAD), None):
+            if mixed := next((name for name in roles["fused"] if leaf(name) in _BY_HEAD), None):
                 raise NotApplicableError(
                     f"IA3 cannot tell keys and values in '{mixed}', which holds query, key and value head by head. "
-                    f"Name it to rescale all three: target_modules=[{mixed.rpartition('.')[2]!r}, 'ffn-output']."
+                    f"Name it to rescale all three: target_modules=[{leaf(mixed)!r}, 'ffn-output']."
                 )
             queries = _fused_queries(hosts, roles["fused"])
             wanted = roles["key"] | roles["value"] | roles["ffn-output"] | roles["fused"]

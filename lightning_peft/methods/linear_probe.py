@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_peft.core.method import Method, Plan
+from lightning_peft.core.walk import join
 from lightning_peft.errors import NotApplicableError
 
 
@@ -44,9 +45,7 @@ class LinearProbe(Method):
 def _parts(model: nn.Module, path: str = "") -> list[str]:
     """Paths of the outermost modules with parameters, from the first one on that has several."""
     children = [
-        (f"{path}.{name}" if path else name, child)
-        for name, child in model.named_children()
-        if any(True for _ in child.parameters())
+        (join(path, name), child) for name, child in model.named_children() if any(True for _ in child.parameters())
     ]
     if len(children) == 1 and (inner := _parts(children[0][1], children[0][0])):
         return inner

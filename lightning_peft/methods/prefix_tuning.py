@@ -27,9 +27,9 @@ from lightning_peft.core.method import Method, Placement, Plan, is_number
 from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftForm, PeftTensor, sizes
 from lightning_peft.core.positions import check_room, positions_above, shift
-from lightning_peft.core.slots import base_modules
 from lightning_peft.core.taps import Tap
 from lightning_peft.core.targets import layer_index, narrow
+from lightning_peft.core.walk import base_modules, join, leaf, within
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, TargetError
 
 _PLACES = ("encoder", "decoder", "cross")
@@ -92,7 +92,7 @@ class PrefixTuning(Method):
                 f"PrefixTuning finds no attention in {type(model).__name__}: there are no query, key and value layers "
                 "side by side. Use LoRA or BottleneckAdapter there."
             )
-        chosen = {a.path: (b, a) for b, a in self._chosen(blocks) if not _inside(a.path, saved)}
+        chosen = {a.path: (b, a) for b, a in self._chosen(blocks) if not within(a.path, saved)}
         names = narrow(chosen, [a.path for b in blocks for a in b.attentions], self.exclude_modules, self.layers)
         if not names:
             raise TargetError("PrefixTuning: exclude_modules, layers and places leave no attention.")
@@ -279,7 +279,7 @@ def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tup
         role: hosts[name].layout.out_features
         for name in attention.linears
         for role, leaves in PROJECTIONS.items()
-        if name.rpartition(".")[2] in leaves
+        if leaf(name) in leaves
     }
     fused = sizes.get("fused", 0)
     queries = hosts[attention.output].layout.in_features if attention.output else fused // 3
@@ -290,7 +290,7 @@ def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tup
             "its scores in a way of its own. It needs nn.MultiheadAttention, or an attention of transformers that goes "
             "through AttentionInterface. Use LoRA or BottleneckAdapter there."
         )
-    path = ".".join(part for part in (attention.path, routed[0]) if part)
+    path = join(attention.path, routed[0])
     check_implementation(model.get_submodule(path))
     return path, keys
 
@@ -313,7 +313,3 @@ def _encodes(model: nn.Module) -> bool:
     """True unless what crosses attends to an image beside the text, and no decoder to an encoder of it (BLIP-2)."""
     known = [pretrained.config.is_encoder_decoder for _, pretrained in pretrained_models(model)]
     return not known or any(known)
-
-
-def _inside(path: str, saved: Sequence[str]) -> bool:
-    return any(f"{path}.".startswith(f"{top}.") for top in saved)

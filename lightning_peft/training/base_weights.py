@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_peft.core.names import plain_name
+from lightning_peft.core.walk import plain_name
 from lightning_peft.errors import CheckpointError, did_you_mean
 from lightning_peft.training.files import read_weights
 

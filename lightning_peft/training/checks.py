@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.core.checkpoint import adapter_keys
 from lightning_peft.core.registry import registries
+from lightning_peft.core.walk import CHILD, join
 from lightning_peft.errors import GradientError, OptimizerError, PEFTError
 
 
@@ -21,9 +22,9 @@ def check_still_there(module: nn.Module) -> None:
     """
     for path, owner, registry in registries(module):
         for host, slots in registry.slots.items():
-            if _submodule(owner, f"{host}.peft" if host else "peft") is not slots:
+            if _submodule(owner, join(host, CHILD)) is not slots:
                 raise PEFTError(
-                    f"'{'.'.join(part for part in (path, host) if part)}' of {type(module).__name__} was built anew "
+                    f"'{join(path, host)}' of {type(module).__name__} was built anew "
                     "after its adapters were attached, and lost them. Build the network once: begin setup() or "
                     "configure_model() with a check whether it is there; and where a precision plugin replaces layers "
                     "(BitsandbytesPrecision), leave the injecting to PEFTCallback."
@@ -136,7 +137,7 @@ def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 slot = next(slot for slot, child in registry.slots[path].named_children() if child is adapter)
                 for key, parameter in adapter.named_parameters():
                     if parameter.requires_grad:
-                        yield ".".join(["", *(part for part in (prefix, path) if part), "peft", slot, key]), parameter
+                        yield f".{join(prefix, path, CHILD, slot, key)}", parameter
 
 
 def _submodule(owner: nn.Module, path: str) -> nn.Module | None:

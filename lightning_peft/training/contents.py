@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft.core.checkpoint import RECORD, adapter_keys, record
 from lightning_peft.core.merging import merged
-from lightning_peft.core.names import plain_name
 from lightning_peft.core.registry import registries
+from lightning_peft.core.walk import plain_name
 
 Content = Literal["adapter", "merged", "full"]
 

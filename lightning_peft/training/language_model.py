@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from lightning_peft.core.registry import registries
+from lightning_peft.core.walk import join
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.training.adaptation import intent_of
 from lightning_peft.training.completions import Completion, completion_table
@@ -250,7 +251,7 @@ def check_whole_rows(module: nn.Module, position_ids: Tensor) -> None:
     for place, _, registry in registries(module):
         for path, slots in registry.slots.items():
             if slots.needs_rows() and bool((position_ids.diff(dim=-1) < 0).any()):
-                where = ".".join(part for part in (place, path) if part)
+                where = join(place, path)
                 raise NotApplicableError(
                     f"The batch has several texts in one row (their position_ids begin anew), and an adapter of "
                     f"'{where}' takes a row for one text: virtual tokens stand before a row once, a gate is a mean "

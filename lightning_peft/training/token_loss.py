@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.core.modes import in_eval
-from lightning_peft.core.slots import CHILD
+from lightning_peft.core.walk import CHILD
 
 IGNORED = -100  # the label that says nothing, as in transformers
 _PARTS = 16  # at most a sixteenth of the logits is there at a time,

@@ -13,7 +13,8 @@ from torch import nn
 
 from lightning_peft import LoRA, active_adapters, inject, remove
 from lightning_peft.core.method import Method, Placement, Plan
-from lightning_peft.core.slots import AdapterSlots, base_modules, named_slots
+from lightning_peft.core.slots import AdapterSlots, named_slots
+from lightning_peft.core.walk import base_modules
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, PEFTError, TargetError
 
 

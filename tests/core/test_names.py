@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft.core.names import is_wrapper, plain_name
+from lightning_peft.core.walk import is_wrapper, plain_name
 
 
 @pytest.mark.parametrize(

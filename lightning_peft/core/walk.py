@@ -1,0 +1,94 @@
+"""Walking through a network: its modules by the paths that a user knows, without adapters and what torch wraps around.
+
+A path is what ``named_modules`` gives, and empty for the model itself.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+CHILD = "peft"  # the name under which a host carries its adapters
+
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})  # torch.compile, activation checkpointing
+
+
+class Beside(nn.Module):
+    """A child that is no part of the base: it and all below is left out of every walk."""
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the adapters and what torch has wrapped around modules, by plain names.
+
+    ``model.get_submodule`` knows these names, too: a wrapper passes on what it is asked for.
+    """
+    for path, module in modules_outside(model):
+        if not is_wrapper(module):
+            yield plain_name(path), module
+
+
+def modules_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()`` without the adapters, and many times faster: switching adapters waits for it."""
+    seen: set[int] = set()
+    pending: list[tuple[str, nn.Module]] = [("", model)]
+    while pending:
+        path, module = pending.pop()
+        if id(module) in seen or isinstance(module, Beside):
+            continue
+        seen.add(id(module))
+        yield path, module
+        below = [(f"{path}.{name}" if path else name, m) for name, m in module._modules.items() if m is not None]
+        pending += reversed(below)
+
+
+def base_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``module.named_children()`` without adapters, those that have parameters."""
+    return [
+        (name, child)
+        for name, child in module.named_children()
+        if not isinstance(child, Beside) and any(True for _ in child.parameters())
+    ]
+
+
+def base_tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer of the base at and below ``host``; a module reached twice counts once."""
+    for path, module in base_modules(host):
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            yield join(path, name), tensor
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """True if torch has put ``module`` around another one."""
+    return not _WRAPPERS.isdisjoint(module._modules)
+
+
+def plain_name(name: str) -> str:
+    """``"net._orig_mod.0.weight"`` without the parts that ``torch.compile`` and its like put in: ``"net.0.weight"``.
+
+    Files hold plain names, so that what was trained compiled loads uncompiled, and the other way round.
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def join(*parts: str) -> str:
+    """One path of several; empty ones add nothing."""
+    return ".".join(part for part in parts if part)
+
+
+def parent(path: str) -> str:
+    """The path of the module that holds the one at ``path``, or the tensor of that name."""
+    return path.rpartition(".")[0]
+
+
+def leaf(path: str) -> str:
+    """The last part of a path."""
+    return path.rpartition(".")[2]
+
+
+def within(path: str, tops: Iterable[str]) -> bool:
+    """True if ``path`` is one of ``tops``, or of something below one."""
+    return any(not top or f"{path}.".startswith(f"{top}.") for top in tops)
+
+
+def below(path: str, top: str) -> str:
+    """``path``, which is :func:`within` ``top``, as seen from there."""
+    return path.removeprefix(top).removeprefix(".")
