@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.core.adapter_index import AdapterIndex
 from lightning_peft.core.recipes import LowRank, Recipe
-from lightning_peft.core.rows import Places
 from lightning_peft.errors import NotApplicableError, NotMergeableError
 
 
@@ -94,8 +94,8 @@ class Adapter(nn.Module):
         return self
 
 
-BatchedForm = Callable[[Tensor, Tensor, Places], Tensor]
-"""``form(x, y, places) -> y'``: several adapters of one host at once, each on the rows that ``places`` gives it."""
+BatchedForm = Callable[[Tensor, Tensor, AdapterIndex], Tensor]
+"""``form(x, y, index) -> y'``: several adapters of one host at once, each on the rows that ``index`` gives it."""
 
 
 class OutputAdapter(Adapter):

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, WeightAdapter
-from lightning_peft.core.model_call import argument_names, bound, code_names, layer_cached_tokens, no_cache_found
+from lightning_peft.core.model_call import layer_cached_tokens, no_cache_found
 from lightning_peft.core.taps import Tap
+from lightning_peft.core.tensors import argument_names, bound, code_names
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.optional import check_hf_version, hf_attention_functions
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from lightning_peft.core.hosts import Host
 from lightning_peft.core.walk import leaf, parent, within
 
+ROLES = ("attention", "query", "key", "value", "attention-output", "ffn", "ffn-output")
+"""What a linear layer of a transformer does, by the words that target patterns may use."""
 PROJECTIONS = {
     "query": {"q", "query", "q_proj", "q_lin", "query_proj", "wq", "to_q"},
     "key": {"k", "key", "k_proj", "k_lin", "key_proj", "wk", "to_k"},
@@ -70,6 +72,20 @@ def find_blocks(hosts: Sequence[Host]) -> list[Block]:
         outside = tuple(name for name in linears if within(name, [path]) and name not in attended)
         blocks.append(Block(path, attentions, outside if any(own) else ()))
     return blocks
+
+
+def find_roles(hosts: Sequence[Host]) -> dict[str, set[str]]:
+    """Map each role of :data:`ROLES`, and ``"fused"`` (query, key and value in one), to the names of its hosts."""
+    found: dict[str, set[str]] = {role: set() for role in (*ROLES, "fused")}
+    for block in find_blocks(hosts):
+        for attention in block.attentions:
+            found["attention"].update(attention.linears)
+            found["attention-output"].update(name for name in [attention.output] if name)
+        found["ffn"].update(block.ffn)
+        found["ffn-output"].update(block.ffn[-1:])
+    for role, leaves in PROJECTIONS.items():
+        found[role] = {name for name in found["attention"] if leaf(name) in leaves}
+    return found
 
 
 def _output(linears: Sequence[str], projections: set[str]) -> str:

@@ -11,8 +11,8 @@ from lightning_peft.core.bounds import no_larger_than, told_as_damage
 from lightning_peft.core.fingerprint import check_base, check_own_base, fingerprint
 from lightning_peft.core.injection import Injection, inject, plan_injection, remove
 from lightning_peft.core.method import Method
+from lightning_peft.core.modules_to_save import resolve_saved
 from lightning_peft.core.registry import registries, registry_of
-from lightning_peft.core.saved import resolve_saved
 from lightning_peft.core.tensor_checks import check_finite
 from lightning_peft.core.transfer import OWN_NAME, load_own
 from lightning_peft.core.walk import CHILD, join, plain_name

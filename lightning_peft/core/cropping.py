@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter
-from lightning_peft.core.model_call import argument_names, bound
 from lightning_peft.core.padding import extract
 from lightning_peft.core.taps import Tap
+from lightning_peft.core.tensors import argument_names, bound
 
 _SEQUENCES = ("last_hidden_state", "hidden_states", "logits", "prediction_logits")  # (..., length, features)
 _SPANS = ("start_logits", "end_logits")  # (batch, length)

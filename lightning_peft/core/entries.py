@@ -5,9 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.method import Placement
+from lightning_peft.core.parameters import BaseParameter, count
 from lightning_peft.core.recipes import Recipe
+from lightning_peft.core.saved import Copies, TunedParameters, trainable_copy
 from lightning_peft.errors import NotApplicableError
 
 
@@ -57,3 +61,37 @@ def combine_entries(adapter: Any, sources: Sequence[Any], recipe: Recipe, weight
         raise NotApplicableError("the adapters tune different entries of it.")
     base = entries(weight, adapter.index, *adapter.values.shape[1:]).to(adapter.values.dtype)
     adapter.values.copy_(base + recipe.mix([source.values - base for source in sources]))
+
+
+def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
+    """One adapter for each host that reads parameters of ``chosen``; tied ones stay tied.
+
+    Raises:
+        NotApplicableError: one of them is quantised, complex, not there yet, or part of a parametrization.
+    """
+    copies: Copies = {}
+    hosts: dict[str, list[BaseParameter]] = {}
+    for p in chosen:
+        hosts.setdefault(p.path, []).append(p)
+    placements: list[Placement] = []
+    for path, own in hosts.items():
+        if isinstance(own[0].module, ParametrizationList):
+            raise NotApplicableError(
+                f"'{own[0].full_name}' only goes into a weight that is computed (a parametrization: weight_norm). "
+                "Remove the parametrization first, or leave it out: exclude_modules=['parametrizations']."
+            )
+        whole = [p.name for p in own if p.part is None]
+        parts: dict[str, list[BaseParameter]] = {}
+        for p in own:
+            if p.part is not None:
+                parts.setdefault(p.name, []).append(p)
+        for name, pieces in parts.items():
+            index = torch.cat([torch.arange(*p.part) for p in pieces if p.part]).to(pieces[0].tensor.device)
+            if count(pieces) == pieces[0].tensor.numel():
+                whole.append(name)
+            else:
+                values = trainable_copy(entries(pieces[0].tensor, index), name)
+                placements.append(Placement(path, TunedEntries(name, values, index), name.replace(".", "_")))
+        if whole:
+            placements.append(Placement(path, TunedParameters(own[0].module, whole, copies)))
+    return placements

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from lightning_peft.core.hosts import Layout
+from lightning_peft.core.layouts import Layout
 
 
 def plain_update(layout: Layout, x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: Any, dropout: float) -> Tensor:

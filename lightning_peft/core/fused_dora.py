@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.core.fused import add_, can_write, draw_seed, gradients, plain_update, redrawn_mask
-from lightning_peft.core.hosts import Layout
+from lightning_peft.core.layouts import Layout
 
 
 def plain_rescaled(

@@ -11,10 +11,10 @@ from torch import nn
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.freezing import freeze, unfreeze
 from lightning_peft.core.method import Method, Placement
+from lightning_peft.core.modules_to_save import plan_saved, resolve_saved
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.registry import Attachment, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.core.report import Report, report
-from lightning_peft.core.saved import plan_saved, resolve_saved
 from lightning_peft.core.slots import AdapterSlots, named_slots, slot_name
 from lightning_peft.core.walk import CHILD, leaf, parent
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError

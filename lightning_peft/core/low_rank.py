@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, OutputAdapter, adapter_dtype
-from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, TransposedLayout
+from lightning_peft.core.hosts import Host
+from lightning_peft.core.layouts import ConvLayout, EmbeddingLayout, TransposedLayout
 from lightning_peft.core.method import Placement, is_number
 from lightning_peft.core.peft_form import CONFIG, PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, exceptions
 from lightning_peft.core.recipes import LowRank, Recipe

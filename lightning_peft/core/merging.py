@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
+from lightning_peft.core.dequantising import make_plain
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.injection import remove
-from lightning_peft.core.quantised import is_quantised, make_plain, plain_dtype, quantised
+from lightning_peft.core.quantised import is_quantised, plain_dtype, quantised
 from lightning_peft.core.registry import Registry, find_adapter
 from lightning_peft.core.slots import AdapterSlots, adapter_name
 from lightning_peft.core.walk import base_tensors, below, join, leaf, parent, within

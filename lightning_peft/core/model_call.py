@@ -5,45 +5,25 @@ knows such names. It knows a cache by its type, too, so that the next name is no
 under way whose cache is found in neither way, that is an error, since "no cache" would give wrong tokens silently.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft.core.padding import left_padding
+from lightning_peft.core.tensors import LENGTHS, Call
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.optional import HF_NEWEST, hf_version
-
-Call = dict[str, Any]
-"""The arguments of one call by name."""
 
 SHARED_BY_ROWS = ("cache_position",)
 """Arguments that say something of the tokens of all rows at once."""
 
 _CACHES = ("cache", "past_key_values", "layer_past", "cache_params")  # the newest name first
-_LENGTHS = ("cache_length", "past_key_values_length")  # how many tokens are in the cache
 _STATES = ("state", "mems", "past_buckets_states")  # of RWKV, XLNet, Reformer: they are no caches and have no length
 _POSITIONS = ("position_ids", "cache_position")
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 _OF_TOKENS = ("input_ids", "attention_mask", "labels", *_TYPES, *_POSITIONS)
-
-
-def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """The names of what ``module.forward`` takes, in order."""
-    return tuple(inspect.signature(module.forward).parameters)
-
-
-def code_names(module: nn.Module) -> tuple[str, ...]:
-    """The names that the code of ``type(module).forward`` uses, of whatever is not its own."""
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code.co_names if code else ()
-
-
-def bound(names: Sequence[str], args: tuple[Any, ...], kwargs: Call) -> Call:
-    """All arguments of a call by name, those that were given by position included."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def find_cache(call: Call) -> Any:
@@ -202,7 +182,7 @@ def position_argument(names: Sequence[str], call: Call, owner: str) -> str:
     Raises:
         NotApplicableError: it counts from an argument that is not known here.
     """
-    lengths = [name for name in _LENGTHS if name in names]
+    lengths = [name for name in LENGTHS if name in names]
     if "position_ids" in names:
         if call.get("position_ids") is not None:
             return "position_ids"
@@ -212,17 +192,6 @@ def position_argument(names: Sequence[str], call: Call, owner: str) -> str:
                 f"not known here (transformers {hf_version()}). Pass position_ids, or use LoRA or BottleneckAdapter."
             )
     return lengths[0] if lengths else names[0]
-
-
-def takes_positions(module: nn.Module) -> bool:
-    """True if ``module`` is told where its tokens stand, and is no layer that hands this on beside its input."""
-    names = argument_names(module)
-    return "hidden_states" not in names and any(name in names for name in ("position_ids", *_LENGTHS))
-
-
-def numbers_tokens(module: nn.Module) -> bool:
-    """True for the stack of blocks of a transformers model that counts its tokens on from what is in its cache."""
-    return {"arange", "get_seq_length"} <= set(code_names(module)) and "position_ids" in argument_names(module)
 
 
 def with_shifted_positions(call: Call, amount: int) -> tuple[Call, Tensor]:

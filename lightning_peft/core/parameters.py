@@ -1,7 +1,7 @@
 """The parameters of a base: their kinds, the layers they belong to, and the modules that read them."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,8 +9,7 @@ from torch import nn
 from lightning_peft.core.hosts import find_hosts
 from lightning_peft.core.norms import is_norm
 from lightning_peft.core.quantised import is_quantised
-from lightning_peft.core.saved import readers
-from lightning_peft.core.walk import join, leaf, parent, within
+from lightning_peft.core.walk import base_modules, join, leaf, parent, within
 
 KINDS = ("weight", "bias", "norm", "embedding")
 """Matrices and kernels, bias vectors (those of norms too), all of a norm, tables. Some parameters are none of these."""
@@ -66,6 +65,34 @@ def find_parameters(model: nn.Module) -> list[BaseParameter]:
                 part = (start, end) if len(own) > 1 else None
                 found.append(BaseParameter(layer, path, module, name, tensor, kinds, part))
     return found
+
+
+def readers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Every module whose forward reads parameters itself, as (path, module, paths of these from the module)."""
+    claimed: set[int] = set()
+    for path, module in base_modules(model):
+        if id(module) in claimed:
+            continue
+        names = read_parameters(module)
+        claimed.update(id(module.get_submodule(parent(name))) for name in names if "." in name)
+        if names:
+            yield path, module, names
+
+
+def read_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Paths of the parameters and persistent buffers that the forward of ``module`` itself reads.
+
+    Its own, and those of children that have no forward that could run: lists and dictionaries of parameters, and the
+    ``out_proj`` of ``nn.MultiheadAttention``.
+    """
+    owned = [name for name, _ in module.named_parameters(recurse=False)]
+    transient = module._non_persistent_buffers_set
+    owned += [name for name, _ in module.named_buffers(recurse=False) if name not in transient]
+    for child, part in module.named_children():
+        attention = isinstance(module, nn.MultiheadAttention) and child == "out_proj"
+        if attention or isinstance(part, (nn.ParameterList, nn.ParameterDict)):
+            owned += [f"{child}.{name}" for name, _ in part.named_parameters(recurse=False)]
+    return tuple(owned)
 
 
 def count(parameters: Iterable[BaseParameter]) -> int:

@@ -18,9 +18,6 @@ from lightning_peft.core.cropping import EncoderCrop, NamedOutput, PlainOutput, 
 from lightning_peft.core.heads import pretrained_models
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.model_call import (
-    Call,
-    argument_names,
-    bound,
     cached_tokens,
     check_one_text,
     check_token_arguments,
@@ -32,8 +29,8 @@ from lightning_peft.core.model_call import (
 )
 from lightning_peft.core.padding import insert, overwrite
 from lightning_peft.core.positions import check_room, free_positions, position_modules
-from lightning_peft.core.slots import adapter_name
 from lightning_peft.core.taps import Tap
+from lightning_peft.core.tensors import Call, argument_names, bound
 from lightning_peft.core.walk import CHILD
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.optional import check_hf_version
@@ -197,12 +194,7 @@ class PromptInput(InputAdapter):
     def _acting(self) -> list["PromptInput"]:
         """The prompts of the model that act, in their order: each stands before those that came earlier."""
         slots: Any = self._reader[0]._modules[CHILD]
-        return [
-            adapter
-            for name in slots.active
-            for slot, adapter in slots.named_children()
-            if adapter_name(slot) == name and isinstance(adapter, PromptInput)
-        ]
+        return [adapter for adapter in slots.acting() if isinstance(adapter, PromptInput)]
 
     def _moved(self, call: Call, padding: Tensor | None, new: bool) -> dict[str, Tensor]:
         """Positions behind the virtual tokens, with those of the tokens themselves if they are new."""

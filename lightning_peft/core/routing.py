@@ -186,7 +186,7 @@ class _RoutedHost:
             if not rows.present.isdisjoint(names):
                 if len(y) == 1:  # one row for all of them
                     x, y = (t.expand(len(rows), *t.shape[1:]).contiguous() for t in (x, y))  # a form may write into y
-                y = form(x, y, rows.places(names, y.device))
+                y = form(x, y, rows.index(names, y.device))
         apart = frozenset(name for name in self.one_by_one if name in rows.present)
         if not apart:
             return y

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_peft.core.adapter_index import AdapterIndex, made_once
 from lightning_peft.core.model_call import SHARED_BY_ROWS, is_cache
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.optional import check_hf_version
@@ -46,29 +47,17 @@ class Assignment:
 
         return self._once(apart, make)
 
-    def places(self, names: tuple[str, ...], device: torch.device) -> "Places":
+    def index(self, names: tuple[str, ...], device: torch.device) -> "AdapterIndex":
         """For each row the place of its adapter in ``names``, ``len(names)`` where it is none of these."""
 
-        def make() -> Places:
+        def make() -> AdapterIndex:
             place: dict[str | None, int] = {name: i for i, name in enumerate(names)}
-            return Places(_index([place.get(name, len(names)) for name in self.names], device))
+            return AdapterIndex(_index([place.get(name, len(names)) for name in self.names], device))
 
         return self._once((names, device), make)
 
     def _once(self, key: Any, make: Callable[[], _T]) -> _T:
-        return _once(self._made, key, make)
-
-
-class Places:
-    """For each row of a batch, (rows,), which of some adapters it gets; behind the last one stands "none"."""
-
-    def __init__(self, index: Tensor) -> None:
-        self.index = index
-        self._made: dict[Any, Any] = {}
-
-    def once(self, key: Any, make: Callable[[], _T]) -> _T:
-        """What ``make`` has made of these places, kept under ``key``: the layers of a model mostly need the same."""
-        return _once(self._made, key, make)
+        return made_once(self._made, key, make)
 
 
 class Group:
@@ -81,7 +70,7 @@ class Group:
 
     def index(self, width: int, device: torch.device) -> Tensor:
         """The places of the rows in a tensor with ``width`` of them for each row."""
-        return _once(
+        return made_once(
             self._made,
             (width, device),
             lambda: _index([r * width + i for r in self.rows for i in range(width)], device),
@@ -95,7 +84,7 @@ class Group:
             order = sorted(range(len(places)), key=places.__getitem__)
             return None if places == sorted(places) else _index(order, device)
 
-        return _once(self._made, ("order", width, device), make)
+        return made_once(self._made, ("order", width, device), make)
 
     def of(self, value: Any, name: str = "", layer: int | None = None) -> Any:
         """The rows of ``value``: a tensor, a container of them, or a cache of transformers; others stay as they are.
@@ -261,14 +250,6 @@ def _with(value: Any, attributes: dict[str, Any]) -> Any:
     made = copy.copy(value)
     vars(made).update(attributes)
     return made
-
-
-def _once(made: dict[Any, Any], key: Any, make: Callable[[], _T]) -> _T:
-    if key not in made:
-        with torch.inference_mode(False), torch.no_grad():  # kept, and later saved for a backward pass
-            made[key] = make()
-    found: _T = made[key]
-    return found
 
 
 def _index(places: Sequence[int], device: torch.device) -> Tensor:

@@ -4,19 +4,16 @@ Their trainable copies are adapters too, so the base keeps its own values, and d
 as they do everywhere else.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.core.adapter import WeightAdapter, adapter_dtype
-from lightning_peft.core.heads import task_heads
-from lightning_peft.core.hosts import read_parameters
-from lightning_peft.core.method import Placement
+from lightning_peft.core.parameters import read_parameters
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.recipes import Recipe
-from lightning_peft.core.targets import match_modules
-from lightning_peft.core.walk import base_modules, join, leaf, parent
+from lightning_peft.core.walk import leaf, parent
 from lightning_peft.errors import NotApplicableError
 
 Copies = dict[int, nn.Parameter]
@@ -106,37 +103,3 @@ def check_trainable(tensor: Tensor, name: str) -> None:
             f"'{name}' cannot be trained: it is {type(tensor).__name__ if packed else tensor.dtype}, as after "
             "quantisation. Leave it out, or train an adapter beside it (LoRA)."
         )
-
-
-def resolve_saved(model: nn.Module, modules_to_save: list[str] | str | None) -> list[str]:
-    """Paths of the modules to train whole.
-
-    Raises:
-        TargetError: a name matches no module that has parameters.
-    """
-    if modules_to_save is None:
-        return []
-    if modules_to_save == "auto":
-        return task_heads(model)
-    names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
-    return match_modules(model, names, "modules_to_save")
-
-
-def readers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Every module whose forward reads parameters itself, as (path, module, paths of these from the module)."""
-    claimed: set[int] = set()
-    for path, module in base_modules(model):
-        if id(module) in claimed:
-            continue
-        names = read_parameters(module)
-        claimed.update(id(module.get_submodule(parent(name))) for name in names if "." in name)
-        if names:
-            yield path, module, names
-
-
-def plan_saved(model: nn.Module, saved: Sequence[str]) -> Iterator[Placement]:
-    """One adapter for each module below ``saved`` whose forward reads parameters of its own."""
-    copies: Copies = {}
-    for top in saved:
-        for below, module, _ in readers(model.get_submodule(top)):
-            yield Placement(join(top, below), SavedParameters(module, copies=copies))

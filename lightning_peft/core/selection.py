@@ -2,39 +2,40 @@
 
 from collections.abc import Collection, Sequence
 
-import torch
 from torch import nn
-from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_peft.core.entries import TunedEntries, entries
+from lightning_peft.core.blocks import ROLES, find_roles
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import find_hosts
-from lightning_peft.core.method import Placement
-from lightning_peft.core.parameters import COMPONENTS, BaseParameter, count, find_parameters, outside
-from lightning_peft.core.roles import ROLES, find_roles
-from lightning_peft.core.saved import Copies, TunedParameters, check_trainable, trainable_copy
-from lightning_peft.core.targeted import TargetedMethod
-from lightning_peft.core.targets import each_pattern, match_names, matches_end, narrow
+from lightning_peft.core.parameters import COMPONENTS, BaseParameter, find_parameters, outside
+from lightning_peft.core.saved import check_trainable
+from lightning_peft.core.targets import Patterns, each_pattern, match_names, matches_end, narrow
 from lightning_peft.core.walk import within
 from lightning_peft.errors import NotApplicableError, TargetError, did_you_mean
 
 
 def select_parameters(
+    name: str,
     model: nn.Module,
-    saved: Sequence[str],
-    method: TargetedMethod,
+    targets: Patterns = None,
+    exclude: Patterns = None,
+    layers: Sequence[int] | None = None,
+    saved: Sequence[str] = (),
     kinds: Collection[str] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[BaseParameter]:
-    """Choose parameters by what the fields of ``method`` say, and by kind and name.
+    """Choose parameters by their layers, by kind and by name.
 
     A parameter that is tied to a chosen one is chosen as well: it is the same.
 
     Args:
+        name: the method's, for messages.
         model: the network.
+        targets: layers; None for all but the task head. Patterns are names or suffixes (all below is chosen too),
+            roles, "norm" and "embedding", and regular expressions.
+        exclude: layers to leave out, by the same patterns.
+        layers: indices in the outermost numbered container; negative ones count from its end.
         saved: paths of modules that are trained whole; nothing below them is chosen.
-        method: its ``target_modules`` (None: all but the task head), ``exclude_modules`` and ``layers``. Patterns are
-            names or suffixes (all below is chosen too), roles, "norm" and "embedding", and regular expressions.
         kinds: which of :data:`~lightning_peft.core.parameters.KINDS`; None for all, those without a kind included.
         names: suffixes or regular expressions for the ends of the parameters' names; None for all.
 
@@ -42,35 +43,35 @@ def select_parameters(
         NotApplicableError: the model has no parameter of these kinds, or a named layer has none, or one is quantised.
         TargetError: a pattern or an index matches nothing, or nothing is left.
     """
-    scope = _Scope(model, saved, method)
+    scope = _Scope(model, saved, exclude)
     candidates = [p for p in scope.free if kinds is None or not p.kinds.isdisjoint(kinds)]
     if not candidates:
         elsewhere = any(kinds is None or not p.kinds.isdisjoint(kinds) for p in scope.every)
         raise NotApplicableError(
-            f"{type(method).__name__}: {type(model).__name__} has no {_either(kinds)} to train"
+            f"{name}: {type(model).__name__} has no {_either(kinds)} to train"
             f"{' but those that modules_to_save trains' if elsewhere else ''}. Choose another method, such as LoRA."
         )
-    if method.target_modules is None:
+    if targets is None:
         heads = task_heads(model)
         chosen = {p.layer for p in candidates if not within(p.layer, heads)}
     else:
         chosen = set()
-        for pattern in each_pattern(method.target_modules):
+        for pattern in each_pattern(targets):
             matched = scope.match(pattern)
             if not any(p.layer in matched for p in candidates):
                 raise NotApplicableError(
-                    f"{type(method).__name__}: of the layers that target_modules={pattern!r} matches, first "
+                    f"{name}: of the layers that target_modules={pattern!r} matches, first "
                     f"'{min(matched)}', none has any {_either(kinds)}. Leave it out; others that have one are "
                     f"'{candidates[0].layer}' and '{candidates[-1].layer}'."
                 )
             chosen |= matched
-    chosen.intersection_update(scope.allowed, narrow(scope.layers, scope.layers, None, method.layers))
+    chosen.intersection_update(scope.allowed, narrow(scope.layers, scope.layers, None, layers))
     result = {p for p in _named(candidates, scope.free, names) if p.layer in chosen}
     if not result:
         raise TargetError(
-            f"{type(method).__name__}: nothing is left to train in {type(model).__name__}: every "
-            f"{_either(kinds)} is ruled out by target_modules={method.target_modules!r}, "
-            f"exclude_modules={method.exclude_modules!r}, layers={method.layers!r}"
+            f"{name}: nothing is left to train in {type(model).__name__}: every "
+            f"{_either(kinds)} is ruled out by target_modules={targets!r}, "
+            f"exclude_modules={exclude!r}, layers={layers!r}"
             f"{'' if names is None else f' or parameters={list(names)!r}'}."
         )
     for p in scope.free:
@@ -80,27 +81,27 @@ def select_parameters(
     return [p for p in scope.free if p in result or (p in scope and p.part is None and id(p.tensor) in tied)]
 
 
-def places_of(
-    tensor: nn.Parameter, model: nn.Module, saved: Sequence[str], method: TargetedMethod
+def readers_of(
+    tensor: nn.Parameter, model: nn.Module, exclude: Patterns = None, saved: Sequence[str] = ()
 ) -> list[BaseParameter]:
     """Every module that reads ``tensor``, but for those that are trained whole or excluded."""
-    scope = _Scope(model, saved, method)
+    scope = _Scope(model, saved, exclude)
     return [p for p in scope.free if p.tensor is tensor and p in scope]
 
 
 class _Scope:
     """What of a model may be chosen at all."""
 
-    def __init__(self, model: nn.Module, saved: Sequence[str], method: TargetedMethod) -> None:
+    def __init__(self, model: nn.Module, saved: Sequence[str], exclude: Patterns) -> None:
         self.every = find_parameters(model)
         self.free = outside(self.every, saved)
         self.layers = list(dict.fromkeys(p.layer for p in self.free))
         self.roles = find_roles([host for host in find_hosts(model) if not within(host.name, saved)])
         self.roles |= {kind: {p.layer for p in self.free if kind in p.kinds} for kind in COMPONENTS}
         # "norm" means every norm, also where one layer has that very name.
-        exclude = list(each_pattern(method.exclude_modules))
-        words = [pattern for pattern in exclude if pattern in COMPONENTS and self.roles[pattern]]
-        names = [pattern for pattern in exclude if pattern not in words]
+        patterns = list(each_pattern(exclude))
+        words = [pattern for pattern in patterns if pattern in COMPONENTS and self.roles[pattern]]
+        names = [pattern for pattern in patterns if pattern not in words]
         self.allowed = set(narrow(self.layers, self.layers, names, None, self.roles))
         self.allowed.difference_update(*(self.roles[word] for word in words))
 
@@ -130,40 +131,6 @@ class _Scope:
         known = {part for name in layers for part in name.split(".") if not part.isdigit()}
         hint = did_you_mean(pattern, {*known, *ROLES, *COMPONENTS}) or f" Layers here: {', '.join(sorted(known))}."
         raise TargetError(f"target_modules: {pattern!r} matches no layer with parameters.{hint}")
-
-
-def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
-    """One adapter for each host that reads parameters of ``chosen``; tied ones stay tied.
-
-    Raises:
-        NotApplicableError: one of them is quantised, complex, not there yet, or part of a parametrization.
-    """
-    copies: Copies = {}
-    hosts: dict[str, list[BaseParameter]] = {}
-    for p in chosen:
-        hosts.setdefault(p.path, []).append(p)
-    placements: list[Placement] = []
-    for path, own in hosts.items():
-        if isinstance(own[0].module, ParametrizationList):
-            raise NotApplicableError(
-                f"'{own[0].full_name}' only goes into a weight that is computed (a parametrization: weight_norm). "
-                "Remove the parametrization first, or leave it out: exclude_modules=['parametrizations']."
-            )
-        whole = [p.name for p in own if p.part is None]
-        parts: dict[str, list[BaseParameter]] = {}
-        for p in own:
-            if p.part is not None:
-                parts.setdefault(p.name, []).append(p)
-        for name, pieces in parts.items():
-            index = torch.cat([torch.arange(*p.part) for p in pieces if p.part]).to(pieces[0].tensor.device)
-            if count(pieces) == pieces[0].tensor.numel():
-                whole.append(name)
-            else:
-                values = trainable_copy(entries(pieces[0].tensor, index), name)
-                placements.append(Placement(path, TunedEntries(name, values, index), name.replace(".", "_")))
-        if whole:
-            placements.append(Placement(path, TunedParameters(own[0].module, whole, copies)))
-    return placements
 
 
 def _named(

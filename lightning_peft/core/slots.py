@@ -103,6 +103,10 @@ class AdapterSlots(Beside):
         before, after, weights = (tuple(chain(*kind)) for kind in zip(_NONE, *map(self.of, names), strict=True))
         return tuple(sorted(before, key=_before)), tuple(sorted(after, key=_behind)), weights
 
+    def acting(self) -> list[Adapter]:
+        """The adapters that act, in the order of activation."""
+        return [adapter for name in self.active for adapter in self.parts(name).values()]
+
     def needs_rows(self) -> bool:
         """Whether anything that acts here has to see rows of a batch whole, each of them one text."""
         acting: Any = (*self._before, *self._after, *self._weights)

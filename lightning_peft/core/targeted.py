@@ -1,7 +1,7 @@
 """Methods that are pointed at parts of a network, and those that put an adapter on each layer that is chosen."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -9,6 +9,8 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.hosts import Host
 from lightning_peft.core.method import Method, Placement, Plan
+from lightning_peft.core.parameters import BaseParameter
+from lightning_peft.core.selection import select_parameters
 from lightning_peft.core.targets import ALL_LINEAR, select_hosts
 from lightning_peft.errors import ConfigError
 
@@ -30,6 +32,17 @@ class TargetedMethod(Method):
     def __post_init__(self) -> None:
         self.check_patterns("target_modules", "exclude_modules", "modules_to_save")
         self.check_layers()
+
+    def select_parameters(
+        self,
+        model: nn.Module,
+        saved: Sequence[str],
+        kinds: Collection[str] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> list[BaseParameter]:
+        """Choose parameters by the fields, and by kind and name: see :func:`~selection.select_parameters`."""
+        fields = self.target_modules, self.exclude_modules, self.layers
+        return select_parameters(type(self).__name__, model, *fields, saved, kinds, names)
 
     def pointed_at(self, paths: Sequence[str]) -> "TargetedMethod":
         return replace(self, target_modules=list(paths), exclude_modules=None, layers=None)

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from lightning_peft.core.blocks import ROLES, find_roles
 from lightning_peft.core.heads import outside_base
 from lightning_peft.core.hosts import Host, find_hosts
-from lightning_peft.core.roles import ROLES, find_roles
 from lightning_peft.core.walk import base_modules, leaf, within
 from lightning_peft.errors import TargetError, did_you_mean
 

@@ -1,6 +1,31 @@
-"""The tensor that a module is called with, and the one that it returns, whatever comes along with them."""
+"""What a module is called with and what it returns: arguments by name, and the tensor among whatever comes along."""
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
+
+Call = dict[str, Any]
+"""The arguments of one call by name."""
+LENGTHS = ("cache_length", "past_key_values_length")
+"""Names of arguments that say how many tokens are in a cache."""
+
+
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """The names of what ``module.forward`` takes, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def code_names(module: nn.Module) -> tuple[str, ...]:
+    """The names that the code of ``type(module).forward`` uses, of whatever is not its own."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code.co_names if code else ()
+
+
+def bound(names: Sequence[str], args: tuple[Any, ...], kwargs: Call) -> Call:
+    """All arguments of a call by name, those that were given by position included."""
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -26,3 +51,14 @@ def with_first_output(output: Any, value: Any) -> Any:
         return value
     make = getattr(type(output), "_make", type(output))  # a named tuple takes its fields one by one
     return make((value, *output[1:]))
+
+
+def takes_positions(module: nn.Module) -> bool:
+    """True if ``module`` is told where its tokens stand, and is no layer that hands this on beside its input."""
+    names = argument_names(module)
+    return "hidden_states" not in names and any(name in names for name in ("position_ids", *LENGTHS))
+
+
+def numbers_tokens(module: nn.Module) -> bool:
+    """True for the stack of blocks of a transformers model that counts its tokens on from what is in its cache."""
+    return {"arange", "get_seq_length"} <= set(code_names(module)) and "position_ids" in argument_names(module)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_peft.core.entries import tune
 from lightning_peft.core.method import Plan
-from lightning_peft.core.selection import select_parameters, tune
 from lightning_peft.core.targeted import TargetedMethod
 
 
@@ -30,4 +30,4 @@ class BitFit(TargetedMethod):
     query, key, value, attention-output, ffn, ffn-output."""
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        return Plan(tune(select_parameters(model, saved, self, kinds={"bias"})))
+        return Plan(tune(self.select_parameters(model, saved, kinds={"bias"})))

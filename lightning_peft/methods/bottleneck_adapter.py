@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter, adapter_dtype
 from lightning_peft.core.gate import Gate
 from lightning_peft.core.method import Placement, Plan, is_number
+from lightning_peft.core.norms import Width, width_of
 from lightning_peft.core.residuals import Sublayer, find_sublayers
 from lightning_peft.core.taps import Capture, Tap
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.core.targets import narrow, select_modules
 from lightning_peft.core.tensors import first_input, first_output, with_first_input, with_first_output
 from lightning_peft.core.walk import within
-from lightning_peft.core.widths import Width, width_of
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 
 PRESETS: dict[str, dict[str, Any]] = {

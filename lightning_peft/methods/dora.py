@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, BatchedForm, WeightAdapter, adapter_dtype
+from lightning_peft.core.adapter_index import AdapterIndex
 from lightning_peft.core.fused import is_recorded
 from lightning_peft.core.fused_dora import plain_rescaled, rescaled_update
-from lightning_peft.core.hosts import Host, Layout, TransposedLayout
+from lightning_peft.core.hosts import Host
+from lightning_peft.core.layouts import Layout, TransposedLayout
 from lightning_peft.core.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
 from lightning_peft.core.low_rank_rows import ByRow
 from lightning_peft.core.quantised import is_quantised, plain_weight
 from lightning_peft.core.recipes import LowRank, Recipe
-from lightning_peft.core.rows import Places
 from lightning_peft.errors import NotApplicableError
 
 _BLOCK = 2**20  # entries of a weight in 16 bits that a CPU converts at once: they stay in its cache
@@ -194,9 +195,9 @@ class _RescaledByRow:
     def __init__(self, adapters: Sequence[DoRAOutput]) -> None:
         self.adapters, self.update = adapters, ByRow(adapters)
 
-    def __call__(self, x: Tensor, y: Tensor, places: Places) -> Tensor:
-        z, own = self.update(x, y, places), [a.lora_magnitude_vector / a.norm() for a in self.adapters]
-        c = torch.stack([*own, torch.ones_like(own[0])]).index_select(0, places.index)  # (rows, out)
+    def __call__(self, x: Tensor, y: Tensor, index: AdapterIndex) -> Tensor:
+        z, own = self.update(x, y, index), [a.lora_magnitude_vector / a.norm() for a in self.adapters]
+        c = torch.stack([*own, torch.ones_like(own[0])]).index_select(0, index.rows)  # (rows, out)
         c, bias = c.view(len(c), *[1] * (z.dim() - 2), -1), self.adapters[0].bias()
         out = z * c if bias is None else z * c + (1 - c) * bias
         return out.to(z.dtype)

@@ -12,11 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft.core.hosts import read_parameters
+from lightning_peft.core.entries import tune
 from lightning_peft.core.method import Placement, Plan
+from lightning_peft.core.parameters import read_parameters
 from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets
 from lightning_peft.core.saved import TunedParameters
-from lightning_peft.core.selection import select_parameters, tune
 from lightning_peft.core.targeted import TargetedMethod
 
 
@@ -37,7 +37,7 @@ class LayerNormTuning(TargetedMethod):
     too), or one regular expression for whole names."""
 
     def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        return Plan(tune(select_parameters(model, saved, self, kinds={"norm"})))
+        return Plan(tune(self.select_parameters(model, saved, kinds={"norm"})))
 
     def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
         tensors: dict[str, PeftTensor] = {}

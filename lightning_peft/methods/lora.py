@@ -15,7 +15,8 @@ from torch import Tensor
 from lightning_peft.core.adapter import Adapter, BatchedForm, WeightAdapter
 from lightning_peft.core.fused import plain_update, update_
 from lightning_peft.core.gate import Gate
-from lightning_peft.core.hosts import Host, Layout, TransposedLayout
+from lightning_peft.core.hosts import Host
+from lightning_peft.core.layouts import Layout, TransposedLayout
 from lightning_peft.core.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
 from lightning_peft.core.low_rank_rows import ByRow
 from lightning_peft.core.recipes import Recipe

@@ -26,7 +26,8 @@ from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.method import Method, Placement, Plan, is_number
 from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftForm, PeftTensor, sizes
-from lightning_peft.core.positions import check_room, positions_above, shift
+from lightning_peft.core.positions import check_room, positions_above
+from lightning_peft.core.shift import shift
 from lightning_peft.core.taps import Tap
 from lightning_peft.core.targets import layer_index, narrow
 from lightning_peft.core.walk import base_modules, join, leaf, within

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
-from lightning_peft.core.entries import TunedEntries, entries
+from lightning_peft.core.entries import TunedEntries, entries, tune
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.parameters import KINDS, BaseParameter, count, find_parameters, outside
 from lightning_peft.core.saved import trainable_copy
-from lightning_peft.core.selection import places_of, select_parameters, tune
+from lightning_peft.core.selection import readers_of
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.core.token_rows import find_table, tune_rows
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
@@ -98,7 +98,7 @@ class SelectiveTuning(TargetedMethod):
             kinds = self.parameter_types
             if self.density is not None and kinds is None and self.parameters is None:
                 kinds = ["weight", "embedding"]
-            chosen = select_parameters(model, saved, self, kinds, self.parameters)
+            chosen = self.select_parameters(model, saved, kinds, self.parameters)
         elif self.token_ids is None:
             raise TargetError(
                 f"SelectiveTuning has nothing to choose by: set {', '.join(choosing)} or token_ids. To train every "
@@ -107,7 +107,7 @@ class SelectiveTuning(TargetedMethod):
         rows: list[Placement] = []
         if self.token_ids is not None:
             table = find_table(model, chosen if self.target_modules is not None else [])
-            places = places_of(table.tensor, model, saved, self)
+            places = readers_of(table.tensor, model, self.exclude_modules, saved)
             if not places:
                 raise TargetError(
                     f"SelectiveTuning.token_ids: '{table.path}' is excluded, or trained whole (modules_to_save)."

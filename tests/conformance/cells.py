@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft import inject
 from lightning_peft.core.method import Method
-from lightning_peft.core.saved import resolve_saved
+from lightning_peft.core.modules_to_save import resolve_saved
 from lightning_peft.errors import NotApplicableError, TargetError
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import PEFTCallback, load_from_checkpoint
 from lightning_peft.core.method import Method, registered_methods
-from lightning_peft.core.saved import resolve_saved
+from lightning_peft.core.modules_to_save import resolve_saved
 from lightning_peft.errors import NotApplicableError, PEFTError
 
 README = Path(__file__).parents[2] / "README.md"

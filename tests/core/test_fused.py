@@ -13,7 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from lightning_peft import LoRA, inject
 from lightning_peft.core.fused import plain_update, redrawn_mask, update_
-from lightning_peft.core.hosts import Layout, find_hosts
+from lightning_peft.core.hosts import find_hosts
+from lightning_peft.core.layouts import Layout
 
 IN, OUT, R, SCALE = 12, 10, 3, 0.7
 SMALL = (4, 3, 2)  # of IN, OUT and R: differences take as many runs as there are numbers

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import DoRA, inject
 from lightning_peft.core.fused_dora import plain_rescaled, rescaled_update
-from lightning_peft.core.hosts import Layout
+from lightning_peft.core.layouts import Layout
 
 IN, OUT, R, SCALE = 12, 10, 3, 0.7
 SMALL = (4, 3, 2)  # of IN, OUT and R: differences take as many runs as there are numbers

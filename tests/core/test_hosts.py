@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft.core.hosts import ConvLayout, EmbeddingLayout, Host, find_hosts, read_parameters
+from lightning_peft.core.hosts import Host, find_hosts
+from lightning_peft.core.layouts import ConvLayout, EmbeddingLayout
+from lightning_peft.core.parameters import read_parameters
 from lightning_peft.errors import NotApplicableError
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], tuple[int, int]]] = {

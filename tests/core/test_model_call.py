@@ -17,8 +17,6 @@ import lightning_peft
 from lightning_peft import PrefixTuning, PromptTuning, inject
 from lightning_peft.core import model_call
 from lightning_peft.core.model_call import (
-    argument_names,
-    bound,
     cached_tokens,
     check_one_text,
     find_cache,
@@ -28,6 +26,7 @@ from lightning_peft.core.model_call import (
     row_padding,
     text_length,
 )
+from lightning_peft.core.tensors import argument_names, bound
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.optional import HF_NEWEST
 

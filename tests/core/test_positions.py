@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_peft import PrefixTuning, PromptTuning, PTuning, inject
 from lightning_peft.core.method import Method
-from lightning_peft.core.positions import PositionShift, free_positions, position_modules, positions_above
+from lightning_peft.core.positions import free_positions, position_modules, positions_above
+from lightning_peft.core.shift import PositionShift
 from lightning_peft.errors import ConfigError
 
 

@@ -6,8 +6,8 @@ import pytest
 import tiny_models
 from torch import nn
 
+from lightning_peft.core.blocks import find_roles
 from lightning_peft.core.hosts import find_hosts
-from lightning_peft.core.roles import find_roles
 
 
 def _layers(prefix: str, **roles: str) -> dict[str, set[str]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, activate, active, disabled, inject, merge, merged, remove
 from lightning_peft.core.checkpoint import adapter_keys, adapter_state
-from lightning_peft.core.saved import resolve_saved
+from lightning_peft.core.modules_to_save import resolve_saved
 from lightning_peft.errors import TargetError
 
 

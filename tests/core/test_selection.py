@@ -8,9 +8,9 @@ from snapshot import Snapshot
 from torch import Tensor, nn
 
 from lightning_peft import BitFit, LinearProbe, LoRA, SelectiveTuning, inject, merge, report
+from lightning_peft.core.entries import tune
 from lightning_peft.core.parameters import KINDS, BaseParameter, count, find_parameters
 from lightning_peft.core.saved import SavedParameters, TunedParameters
-from lightning_peft.core.selection import select_parameters, tune
 from lightning_peft.errors import NotApplicableError
 
 IDS = torch.tensor([[5, 9, 7, 3], [8, 4, 6, 1]])
@@ -96,7 +96,7 @@ def test_a_tied_matrix_is_a_table_at_every_place() -> None:
 
 def test_what_is_chosen_at_one_place_is_chosen_at_all() -> None:
     model = tiny_models.llama()
-    chosen = select_parameters(model, [], SelectiveTuning(target_modules=["lm_head"]))
+    chosen = SelectiveTuning(target_modules=["lm_head"]).select_parameters(model, [])
     assert [p.full_name for p in chosen] == ["model.embed_tokens.weight", "lm_head.weight"]
     first, second = (placement.adapter for placement in tune(chosen))
     assert first.get_parameter("weight") is second.get_parameter("weight")
@@ -104,7 +104,7 @@ def test_what_is_chosen_at_one_place_is_chosen_at_all() -> None:
 
 def test_nothing_below_a_saved_module_is_chosen() -> None:
     model = tiny_models.llama()
-    chosen = select_parameters(model, ["lm_head"], SelectiveTuning(parameter_types=["embedding"]), ["embedding"])
+    chosen = SelectiveTuning(parameter_types=["embedding"]).select_parameters(model, ["lm_head"], ["embedding"])
     assert [p.full_name for p in chosen] == ["model.embed_tokens.weight"]
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import LoRA, inject
+from lightning_peft.core.norms import Width, width_of
 from lightning_peft.core.tensors import first_output
-from lightning_peft.core.widths import Width, width_of
 
 
 class Block(nn.Module):
