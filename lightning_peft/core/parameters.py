@@ -4,12 +4,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.core.hosts import find_hosts
 from lightning_peft.core.norms import is_norm
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.walk import base_modules, join, leaf, parent, within
+from lightning_peft.errors import NotApplicableError
 
 KINDS = ("weight", "bias", "norm", "embedding")
 """Matrices and kernels, bias vectors (those of norms too), all of a norm, tables. Some parameters are none of these."""
@@ -93,6 +95,22 @@ def read_parameters(module: nn.Module) -> tuple[str, ...]:
         if attention or isinstance(part, (nn.ParameterList, nn.ParameterDict)):
             owned += [f"{child}.{name}" for name, _ in part.named_parameters(recurse=False)]
     return tuple(owned)
+
+
+def check_trainable(tensor: Tensor, name: str) -> None:
+    """Raise unless a copy of ``tensor`` could train.
+
+    Raises:
+        NotApplicableError: it is quantised, complex, or not there yet (a lazy layer).
+    """
+    if isinstance(tensor, UninitializedParameter):
+        raise NotApplicableError(f"'{name}' has no values yet (a lazy layer). Run one batch through the model first.")
+    packed = is_quantised(tensor)
+    if packed or not tensor.is_floating_point():
+        raise NotApplicableError(
+            f"'{name}' cannot be trained: it is {type(tensor).__name__ if packed else tensor.dtype}, as after "
+            "quantisation. Leave it out, or train an adapter beside it (LoRA)."
+        )
 
 
 def count(parameters: Iterable[BaseParameter]) -> int:

@@ -7,10 +7,9 @@ as they do everywhere else.
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.core.adapter import WeightAdapter, adapter_dtype
-from lightning_peft.core.parameters import read_parameters
+from lightning_peft.core.parameters import check_trainable, read_parameters
 from lightning_peft.core.quantised import is_quantised
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.walk import leaf, parent
@@ -87,19 +86,3 @@ def trainable_copy(tensor: Tensor, name: str, copies: Copies | None = None) -> n
     if id(tensor) not in copies:
         copies[id(tensor)] = nn.Parameter(tensor.detach().to(adapter_dtype(tensor), copy=True))
     return copies[id(tensor)]
-
-
-def check_trainable(tensor: Tensor, name: str) -> None:
-    """Raise unless a copy of ``tensor`` could train.
-
-    Raises:
-        NotApplicableError: it is quantised, complex, or not there yet (a lazy layer).
-    """
-    if isinstance(tensor, UninitializedParameter):
-        raise NotApplicableError(f"'{name}' has no values yet (a lazy layer). Run one batch through the model first.")
-    packed = is_quantised(tensor)
-    if packed or not tensor.is_floating_point():
-        raise NotApplicableError(
-            f"'{name}' cannot be trained: it is {type(tensor).__name__ if packed else tensor.dtype}, as after "
-            "quantisation. Leave it out, or train an adapter beside it (LoRA)."
-        )

@@ -7,8 +7,7 @@ from torch import nn
 from lightning_peft.core.blocks import ROLES, find_roles
 from lightning_peft.core.heads import task_heads
 from lightning_peft.core.hosts import find_hosts
-from lightning_peft.core.parameters import COMPONENTS, BaseParameter, find_parameters, outside
-from lightning_peft.core.saved import check_trainable
+from lightning_peft.core.parameters import COMPONENTS, BaseParameter, check_trainable, find_parameters, outside
 from lightning_peft.core.targets import Patterns, each_pattern, match_names, matches_end, narrow
 from lightning_peft.core.walk import within
 from lightning_peft.errors import NotApplicableError, TargetError, did_you_mean
