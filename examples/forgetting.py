@@ -17,8 +17,8 @@ from rich.table import Table
 from lightning_peft import LoRA, PEFTCallback, PromptTuning
 from lightning_peft.core.method import Method
 from lightning_peft.data import InstructionData, TextData
-from lightning_peft.training.causal_lm import CausalLM
 from lightning_peft.training.forgetting import ForgettingMonitor
+from lightning_peft.training.tasks.causal_lm import CausalLM
 
 # The best on the task of these learning rates: 5e-5, 1e-4, 2e-4; 1e-3, 2e-3; 1e-2, 3e-2.
 WAYS: dict[str, tuple[Method | None, float]] = {

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from lightning_peft import LoRA, PEFTCallback, save_adapter
 from lightning_peft.data import InstructionData
-from lightning_peft.training.causal_lm import CausalLM
-from lightning_peft.training.completions import Completion
+from lightning_peft.training.tasks.causal_lm import CausalLM
+from lightning_peft.training.tasks.completions import Completion
 
 ADAPTER = Path("checkpoints/instruction_tuning/adapter")
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from lightning_peft import LoRA, PEFTCallback, activate, adapters, combine, load_adapter, route, save_adapter
 from lightning_peft.data import TextClassificationData
-from lightning_peft.training.classification import TextClassifier
+from lightning_peft.training.tasks.classification import TextClassifier
 
 TASKS = ("movie", "amazon", "tweets")
 ROWS = 400  # of each task to test on

@@ -11,7 +11,7 @@ from assets import model_dir, movie_sentences
 
 from lightning_peft import LoRA, PEFTCallback, load_from_checkpoint
 from lightning_peft.data import TextClassificationData
-from lightning_peft.training.classification import TextClassifier
+from lightning_peft.training.tasks.classification import TextClassifier
 
 
 def main(epochs: int = 3, folder: str = "checkpoints/python") -> None:

@@ -7,19 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft import methods
-from lightning_peft.core.activation import activate, active, active_adapters, disabled
-from lightning_peft.core.combining import combine
-from lightning_peft.core.ejection import eject
-from lightning_peft.core.injection import inject, remove
-from lightning_peft.core.inspection import AdapterSummary, inspect_adapter
-from lightning_peft.core.inventory import AdapterInfo, adapters, rename
-from lightning_peft.core.merging import merge, merged
+from lightning_peft.checkpoints.inspection import AdapterSummary, inspect_adapter
+from lightning_peft.checkpoints.save_load import load_adapter, save_adapter
 from lightning_peft.core.method import Method
-from lightning_peft.core.report import Report, report
-from lightning_peft.core.routing import route
-from lightning_peft.core.transfer import load_adapter, save_adapter
 from lightning_peft.errors import PEFTError
+from lightning_peft.injection.activation import activate, active, active_adapters, disabled
+from lightning_peft.injection.ejection import eject
+from lightning_peft.injection.inject import inject, remove
+from lightning_peft.injection.inventory import AdapterInfo, adapters, rename
+from lightning_peft.injection.report import Report, report
+from lightning_peft.merging.combine import combine
+from lightning_peft.merging.merge import merge, merged
 from lightning_peft.methods import *  # noqa: F403
+from lightning_peft.routing.route import route
 
 if TYPE_CHECKING:
     from lightning_peft.training.callback import PEFTCallback

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_peft as lp
 from lightning_peft import BottleneckAdapter, Combine, LoRA, Method, PEFTCallback, PEFTModule, PrefixTuning
-from lightning_peft.core.bounds import check_bounds
-from lightning_peft.core.checkpoint import adapter_keys
-from lightning_peft.core.checksum import checksum
+from lightning_peft.checkpoints.checksum import checksum
+from lightning_peft.checkpoints.ckpt import adapter_keys
+from lightning_peft.checkpoints.guard import check_bounds
 
 
 class OwnModule(PEFTModule, Steps):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_peft import LoRA, PEFTCallback, PEFTModule, PrefixTuning, PTuning, inject
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 from lightning_peft.core.method import Method
 
 EPOCHS, BATCH, BATCHES = 2, 16, 4

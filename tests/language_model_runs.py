@@ -12,8 +12,8 @@ from echo_texts import Echo
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft import LoRA, inject
-from lightning_peft.core.checkpoint import adapter_state
-from lightning_peft.training.causal_lm import CausalLM
+from lightning_peft.checkpoints.ckpt import adapter_state
+from lightning_peft.training.tasks.causal_lm import CausalLM
 
 
 class Dealt(Echo):

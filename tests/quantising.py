@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.quantised import Quantised, reads
+from lightning_peft.network.quantized.weights import Quantised, reads
 
 OWN, PACKAGES = "own", ["nf4", "nf4 double", "fp4", "llm.int8", "torchao int8", "torchao int4"]
 

@@ -12,7 +12,7 @@ import yaml
 from project import Project
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft.cli import main
+from lightning_peft.cli.parser import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,7 +1,7 @@
 """The three kinds of adapter.
 
 An adapter is a child of its host module and acts through the host's forward hooks (see
-:mod:`lightning_peft.core.slots`), so the base keeps its class, its parameter names and its values.
+:mod:`lightning_peft.injection.slots`), so the base keeps its class, its parameter names and its values.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_type_hints
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.declared import fits, named, shown
+from lightning_peft.core.fields import fits, named, shown
 from lightning_peft.core.peft_form import PeftFile, PeftForm
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError, did_you_mean
 

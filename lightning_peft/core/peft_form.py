@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.targets import matches_end
-from lightning_peft.core.walk import base_modules
 from lightning_peft.errors import BaseMismatchError, CheckpointError
+from lightning_peft.network.targets import matches_end
+from lightning_peft.network.walk import base_modules
 
 PROMPT = "prompt_embeddings"
 """The key, without any prefix, of everything that peft calls prompt learning."""

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.hosts import Host
 from lightning_peft.core.method import Method, Placement, Plan
-from lightning_peft.core.parameters import BaseParameter
-from lightning_peft.core.selection import select_parameters
-from lightning_peft.core.targets import ALL_LINEAR, select_hosts
 from lightning_peft.errors import ConfigError
+from lightning_peft.network.hosts import Host
+from lightning_peft.network.parameters import BaseParameter
+from lightning_peft.network.selection import select_parameters
+from lightning_peft.network.targets import ALL_LINEAR, select_hosts
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,29 +6,29 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_peft.data.batches import PromptCollator
-from lightning_peft.data.chat import Chat
-from lightning_peft.data.conversations import FORMATS
 from lightning_peft.data.language_model import LanguageModelData
-from lightning_peft.data.loading import Source
 from lightning_peft.data.module import require_choice
-from lightning_peft.data.preparing import TRAIN_ON, PrepareInstructions
+from lightning_peft.data.sources.batches import PromptCollator
+from lightning_peft.data.sources.chat import Chat
+from lightning_peft.data.sources.conversations import FORMATS
+from lightning_peft.data.sources.loading import Source
+from lightning_peft.data.sources.preparing import TRAIN_ON, PrepareInstructions
 from lightning_peft.errors import ConfigError, DataError
 
 
 class InstructionData(LanguageModelData):
     """Teach a language model to complete prompts: Alpaca, ShareGPT, messages, or prompts with completions.
 
-    Every row becomes a conversation (see :mod:`lightning_peft.data.conversations`), which the tokenizer's chat template
-    renders. The labels hide all but the completions, each with the token that ends it. Where the tokenizer has no
-    template there is a plain one: each turn on a line, the completion after the last line break, then the end token; a
-    prompt and a completion that are texts join as they are.
+    Every row becomes a conversation (see :mod:`~lightning_peft.data.sources.conversations`), which the tokenizer's chat
+    template renders. The labels hide all but the completions, each with the token that ends it. Where the tokenizer has
+    no template there is a plain one: each turn on a line, the completion after the last line break, then the end token;
+    a prompt and a completion that are texts join as they are.
 
     A batch is a dict of tensors, ``input_ids``, ``attention_mask`` and ``labels`` (rows, longest), padded on the right;
     labels are -100 where nothing is learned, and not shifted. With ``packing``, a training batch holds blocks of whole
     rows: ``input_ids``, ``position_ids``, which begin at 0 with each row, and ``labels``. It has no ``attention_mask``:
     transformers keeps rows apart by their positions, provided that the model is called with ``use_cache=False`` and is
-    one of those that do (see :mod:`lightning_peft.data.packing`). With ``seq2seq``, ``input_ids`` and
+    one of those that do (see :mod:`lightning_peft.data.sources.packing`). With ``seq2seq``, ``input_ids`` and
     ``attention_mask`` are the prompt's, and ``labels`` (rows, longest completion) the last completion's.
 
     In predict a batch has the prompts alone, padded on the left: ``input_ids``, ``attention_mask``, and ``prompt`` (the

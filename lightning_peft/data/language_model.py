@@ -6,13 +6,13 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_peft.data.batches import LanguageModelCollator, PackingCollator
-from lightning_peft.data.loading import Source
 from lightning_peft.data.module import RowsData, require_choice
-from lightning_peft.data.packing import PackedRows, pack, padding_share
-from lightning_peft.data.preparing import PrepareInstructions, PrepareTexts, prepare
-from lightning_peft.data.records import RowReport, read_records
-from lightning_peft.data.tokenizing import digest, find_pad_token_id, load_tokenizer, require_length
+from lightning_peft.data.sources.batches import LanguageModelCollator, PackingCollator
+from lightning_peft.data.sources.loading import Source
+from lightning_peft.data.sources.packing import PackedRows, pack, padding_share
+from lightning_peft.data.sources.preparing import PrepareInstructions, PrepareTexts, prepare
+from lightning_peft.data.sources.records import RowReport, read_records
+from lightning_peft.data.sources.tokenizing import digest, find_pad_token_id, load_tokenizer, require_length
 
 
 class LanguageModelData(RowsData):

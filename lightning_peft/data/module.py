@@ -8,8 +8,8 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_peft.data.loading import Source, divide, read_file, read_path
 from lightning_peft.data.sampler import EpochRandomSampler, LengthBucketBatchSampler, ResumableDataLoader
+from lightning_peft.data.sources.loading import Source, divide, read_file, read_path
 from lightning_peft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lightning_peft.data.batches import LanguageModelCollator
-from lightning_peft.data.blocks import TokenBlocks
 from lightning_peft.data.language_model import LanguageModelData
-from lightning_peft.data.loading import Source, require_columns
-from lightning_peft.data.preparing import PrepareTexts
-from lightning_peft.data.records import has_columns
+from lightning_peft.data.sources.batches import LanguageModelCollator
+from lightning_peft.data.sources.blocks import TokenBlocks
+from lightning_peft.data.sources.loading import Source, require_columns
+from lightning_peft.data.sources.preparing import PrepareTexts
+from lightning_peft.data.sources.records import has_columns
 from lightning_peft.errors import ConfigError, DataError
 
 

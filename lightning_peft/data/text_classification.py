@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-from lightning_peft.data.labels import find_label_ids, infer_label_names, is_unlabelled
-from lightning_peft.data.loading import Source, require_columns, require_text
 from lightning_peft.data.module import RowsData
-from lightning_peft.data.tokenizing import (
+from lightning_peft.data.sources.labels import find_label_ids, infer_label_names, is_unlabelled
+from lightning_peft.data.sources.loading import Source, require_columns, require_text
+from lightning_peft.data.sources.tokenizing import (
     PaddingCollator,
     Tokenize,
     digest,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lightning_peft.core.entries import tune
+from lightning_peft.components.entries import tune
 from lightning_peft.core.method import Plan
 from lightning_peft.core.targeted import TargetedMethod
 

@@ -25,17 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.components.gate import Gate
+from lightning_peft.components.taps import Capture, Tap
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter, adapter_dtype
-from lightning_peft.core.gate import Gate
 from lightning_peft.core.method import Placement, Plan, is_number
-from lightning_peft.core.norms import Width, width_of
-from lightning_peft.core.residuals import Sublayer, find_sublayers
-from lightning_peft.core.taps import Capture, Tap
 from lightning_peft.core.targeted import TargetedMethod
-from lightning_peft.core.targets import narrow, select_modules
-from lightning_peft.core.tensors import first_input, first_output, with_first_input, with_first_output
-from lightning_peft.core.walk import within
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
+from lightning_peft.network.calls import first_input, first_output, with_first_input, with_first_output
+from lightning_peft.network.norms import Width, width_of
+from lightning_peft.network.sublayers import Sublayer, find_sublayers
+from lightning_peft.network.targets import narrow, select_modules
+from lightning_peft.network.walk import within
 
 PRESETS: dict[str, dict[str, Any]] = {
     "houlsby": {"after_attention": True},

@@ -17,17 +17,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.components.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
+from lightning_peft.components.low_rank_rows import ByRow
 from lightning_peft.core.adapter import Adapter, BatchedForm, WeightAdapter, adapter_dtype
 from lightning_peft.core.adapter_index import AdapterIndex
-from lightning_peft.core.fused import is_recorded
-from lightning_peft.core.fused_dora import plain_rescaled, rescaled_update
-from lightning_peft.core.hosts import Host
-from lightning_peft.core.layouts import Layout, TransposedLayout
-from lightning_peft.core.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
-from lightning_peft.core.low_rank_rows import ByRow
-from lightning_peft.core.quantised import is_quantised, plain_weight
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.kernels.dora import plain_rescaled, rescaled_update
+from lightning_peft.kernels.low_rank import is_recorded
+from lightning_peft.network.hosts import Host
+from lightning_peft.network.layouts import Layout, TransposedLayout
+from lightning_peft.network.quantized.weights import is_quantised, plain_weight
 
 _BLOCK = 2**20  # entries of a weight in 16 bits that a CPU converts at once: they stay in its cache
 

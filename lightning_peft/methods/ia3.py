@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter, adapter_dtype
-from lightning_peft.core.blocks import find_blocks, find_roles
-from lightning_peft.core.fused_scale import scale_
-from lightning_peft.core.hosts import Host, find_hosts
-from lightning_peft.core.layouts import ConvLayout, EmbeddingLayout, TransposedLayout
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, listed
-from lightning_peft.core.positions import has_rotary_positions
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.targeted import TargetedMethod
-from lightning_peft.core.targets import each_pattern, match_names, narrow, select_hosts
-from lightning_peft.core.tensors import first_input, with_first_input
-from lightning_peft.core.walk import leaf, within
 from lightning_peft.errors import NotApplicableError, TargetError
+from lightning_peft.kernels.scale import scale_
+from lightning_peft.network.blocks import find_blocks, find_roles
+from lightning_peft.network.calls import first_input, with_first_input
+from lightning_peft.network.hosts import Host, find_hosts
+from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, TransposedLayout
+from lightning_peft.network.positions import has_rotary_positions
+from lightning_peft.network.targets import each_pattern, match_names, narrow, select_hosts
+from lightning_peft.network.walk import leaf, within
 
 _BY_HEAD = {"query_key_value"}  # what GPT-NeoX, BLOOM and Falcon call a layer with the three of each head side by side
 

@@ -12,12 +12,12 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lightning_peft.core.entries import tune
+from lightning_peft.components.entries import tune
+from lightning_peft.components.tuned import TunedParameters
 from lightning_peft.core.method import Placement, Plan
-from lightning_peft.core.parameters import read_parameters
 from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets
-from lightning_peft.core.saved import TunedParameters
 from lightning_peft.core.targeted import TargetedMethod
+from lightning_peft.network.parameters import read_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_peft.core.method import Method, Plan
-from lightning_peft.core.walk import join
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.network.walk import join
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_peft.components.gate import Gate
+from lightning_peft.components.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
+from lightning_peft.components.low_rank_rows import ByRow
 from lightning_peft.core.adapter import Adapter, BatchedForm, WeightAdapter
-from lightning_peft.core.fused import plain_update, update_
-from lightning_peft.core.gate import Gate
-from lightning_peft.core.hosts import Host
-from lightning_peft.core.layouts import Layout, TransposedLayout
-from lightning_peft.core.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
-from lightning_peft.core.low_rank_rows import ByRow
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.kernels.low_rank import plain_update, update_
+from lightning_peft.network.hosts import Host
+from lightning_peft.network.layouts import Layout, TransposedLayout
 
 
 @dataclass(frozen=True, kw_only=True)

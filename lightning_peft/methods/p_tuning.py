@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.core.peft_form import PROMPT, PeftForm, PeftTensor, sizes
-from lightning_peft.core.prompts import PromptInput, plan_prompts
+from lightning_peft.prompting.prompts import PromptInput, plan_prompts
 
 
 @dataclass(frozen=True, kw_only=True)

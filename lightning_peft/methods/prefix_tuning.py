@@ -17,21 +17,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.components.gate import Gate, GatedInput
+from lightning_peft.components.taps import Tap
 from lightning_peft.core.adapter import Adapter, adapter_dtype
-from lightning_peft.core.attention import CacheLength, PrefixedAttention, check_implementation, routes_attention
-from lightning_peft.core.blocks import PROJECTIONS, Attention, Block, find_blocks
-from lightning_peft.core.gate import Gate, GatedInput
-from lightning_peft.core.heads import pretrained_models
-from lightning_peft.core.hosts import Host, find_hosts
 from lightning_peft.core.method import Method, Placement, Plan, is_number
-from lightning_peft.core.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftForm, PeftTensor, sizes
-from lightning_peft.core.positions import check_room, positions_above
-from lightning_peft.core.shift import shift
-from lightning_peft.core.taps import Tap
-from lightning_peft.core.targets import layer_index, narrow
-from lightning_peft.core.walk import base_modules, join, leaf, within
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, TargetError
+from lightning_peft.network.blocks import PROJECTIONS, Attention, Block, find_blocks
+from lightning_peft.network.hosts import Host, find_hosts
+from lightning_peft.network.positions import check_room, positions_above
+from lightning_peft.network.pretrained import pretrained_models
+from lightning_peft.network.targets import layer_index, narrow
+from lightning_peft.network.walk import base_modules, join, leaf, within
+from lightning_peft.prompting.attention import CacheLength, PrefixedAttention, check_implementation, routes_attention
+from lightning_peft.prompting.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
+from lightning_peft.prompting.shift import shift
 
 _PLACES = ("encoder", "decoder", "cross")
 

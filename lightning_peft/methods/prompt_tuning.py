@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftForm, PeftTensor, sizes
-from lightning_peft.core.prompts import PromptInput, plan_prompts
 from lightning_peft.errors import ConfigError
+from lightning_peft.prompting.prompts import PromptInput, plan_prompts
 
 _SAMPLE = 1024  # tokens whose embeddings tell how large a random prompt has to be
 

@@ -15,15 +15,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.components.entries import TunedEntries, entries, tune
+from lightning_peft.components.token_rows import find_table, tune_rows
+from lightning_peft.components.tuned import trainable_copy
 from lightning_peft.core.adapter import adapter_dtype
-from lightning_peft.core.entries import TunedEntries, entries, tune
 from lightning_peft.core.method import Placement, Plan
-from lightning_peft.core.parameters import KINDS, BaseParameter, count, find_parameters, outside
-from lightning_peft.core.saved import trainable_copy
-from lightning_peft.core.selection import readers_of
 from lightning_peft.core.targeted import TargetedMethod
-from lightning_peft.core.token_rows import find_table, tune_rows
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
+from lightning_peft.network.parameters import KINDS, BaseParameter, count, find_parameters, outside
+from lightning_peft.network.selection import readers_of
 
 
 @dataclass(frozen=True, kw_only=True)

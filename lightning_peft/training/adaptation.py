@@ -16,12 +16,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_peft.core.checkpoint import RECORD, attach_recorded, has_adapters
-from lightning_peft.core.injection import inject
+from lightning_peft.checkpoints.ckpt import RECORD, attach_recorded, has_adapters
 from lightning_peft.core.method import Method
-from lightning_peft.core.registry import registries, registry_of
-from lightning_peft.core.walk import base_modules
 from lightning_peft.errors import AdapterNameError, CheckpointError
+from lightning_peft.injection.inject import inject
+from lightning_peft.injection.registry import registries, registry_of
+from lightning_peft.network.walk import base_modules
 from lightning_peft.training.base_weights import load_base_weights
 from lightning_peft.training.checks import GradientWatch, check_all_is_saved, check_optimizers, check_still_there
 from lightning_peft.training.contents import Content, check_content, keep_content

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from typing_extensions import override
 
 from lightning_peft.core.method import Method
-from lightning_peft.core.report import report
 from lightning_peft.errors import ConfigError
+from lightning_peft.injection.report import report
 from lightning_peft.training.adaptation import FrozenMode, adapt
 from lightning_peft.training.contents import Content
 from lightning_peft.training.trainer import check_trainer

@@ -8,10 +8,10 @@ import lightning as L
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.core.checkpoint import adapter_keys
-from lightning_peft.core.registry import registries
-from lightning_peft.core.walk import CHILD, join
+from lightning_peft.checkpoints.ckpt import adapter_keys
 from lightning_peft.errors import GradientError, OptimizerError, PEFTError
+from lightning_peft.injection.registry import registries
+from lightning_peft.network.walk import CHILD, join
 
 
 def check_still_there(module: nn.Module) -> None:

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.checkpoint import RECORD, adapter_keys, record
-from lightning_peft.core.merging import merged
-from lightning_peft.core.registry import registries
-from lightning_peft.core.walk import plain_name
+from lightning_peft.checkpoints.ckpt import RECORD, adapter_keys, record
+from lightning_peft.injection.registry import registries
+from lightning_peft.merging.merge import merged
+from lightning_peft.network.walk import plain_name
 
 Content = Literal["adapter", "merged", "full"]
 

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_peft.core.checkpoint import RECORD, prepare_recorded
-from lightning_peft.core.directory import read_directory
-from lightning_peft.core.injection import attach
+from lightning_peft.checkpoints.ckpt import RECORD, prepare_recorded
+from lightning_peft.checkpoints.directory import read_directory
+from lightning_peft.checkpoints.save_load import prepare
 from lightning_peft.core.method import Method
-from lightning_peft.core.transfer import prepare
 from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.injection.inject import attach
 from lightning_peft.training.files import read_checkpoint
 
 

@@ -11,10 +11,10 @@ from packaging.version import InvalidVersion, Version
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_peft.core.bounds import check_bounds
-from lightning_peft.core.checkpoint import RECORD
-from lightning_peft.core.checksum import checksum
-from lightning_peft.core.files import replaced_whole
+from lightning_peft.checkpoints.checksum import checksum
+from lightning_peft.checkpoints.ckpt import RECORD
+from lightning_peft.checkpoints.files import replaced_whole
+from lightning_peft.checkpoints.guard import check_bounds
 from lightning_peft.errors import CheckpointError
 
 _CHECKSUM = "checksum"

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
-from lightning_peft.core.activation import active_adapters, disabled
-from lightning_peft.core.heads import pretrained_models
-from lightning_peft.core.modes import in_eval
 from lightning_peft.errors import ConfigError
-from lightning_peft.training.token_loss import (
+from lightning_peft.injection.activation import active_adapters, disabled
+from lightning_peft.injection.modes import in_eval
+from lightning_peft.network.pretrained import pretrained_models
+from lightning_peft.training.tasks.token_loss import (
     IGNORED,
     LossForm,
     count_tokens,
@@ -28,7 +28,7 @@ from lightning_peft.training.token_loss import (
     run_to_head,
     without_first,
 )
-from lightning_peft.training.token_scores import TokenScores
+from lightning_peft.training.tasks.token_scores import TokenScores
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from lightning_peft.core.checkpoint import RECORD, attach_recorded
-from lightning_peft.core.merging import merge
+from lightning_peft.checkpoints.ckpt import RECORD, attach_recorded
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
+from lightning_peft.merging.merge import merge
 from lightning_peft.training.adaptation import adapted_class
 from lightning_peft.training.base_weights import load_base_weights
 from lightning_peft.training.files import read_checkpoint

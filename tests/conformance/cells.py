@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_peft import inject
 from lightning_peft.core.method import Method
-from lightning_peft.core.modules_to_save import resolve_saved
 from lightning_peft.errors import NotApplicableError, TargetError
+from lightning_peft.injection.modules_to_save import resolve_saved
 
 
 class Cell:

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import PEFTCallback, load_from_checkpoint
 from lightning_peft.core.method import Method, registered_methods
-from lightning_peft.core.modules_to_save import resolve_saved
 from lightning_peft.errors import NotApplicableError, PEFTError
+from lightning_peft.injection.modules_to_save import resolve_saved
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"

@@ -11,7 +11,7 @@ from snapshot import Snapshot, assert_identical
 from torch import nn
 
 from lightning_peft import remove
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 
 COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "deepcopy": copy.deepcopy,

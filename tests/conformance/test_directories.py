@@ -9,7 +9,7 @@ from snapshot import Snapshot, assert_identical
 from torch import nn
 
 from lightning_peft import active_adapters, disabled, load_adapter, remove, save_adapter
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 
 
 def test_a_directory_brings_every_bit_back(cell: Cell, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from conformance.cells import Cell, perturb
 from snapshot import Snapshot, assert_identical
 
 from lightning_peft import inject
-from lightning_peft.core.checkpoint import adapter_keys
+from lightning_peft.checkpoints.ckpt import adapter_keys
 from lightning_peft.errors import NotApplicableError
 
 

@@ -7,7 +7,7 @@ from snapshot import Snapshot, assert_identical
 from torch import nn
 
 from lightning_peft import activate, active, active_adapters, disabled, merge, merged, remove
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 from lightning_peft.errors import NotApplicableError, NotMergeableError
 
 

@@ -15,7 +15,7 @@ import transformers as hf
 from chat_tokenizers import CHATML, TEMPLATES, byte_tokenizer, save
 
 from lightning_peft.data import InstructionData
-from lightning_peft.data.preparing import PrepareInstructions
+from lightning_peft.data.sources.preparing import PrepareInstructions
 from lightning_peft.errors import ConfigError, DataError
 
 TOKENIZER = byte_tokenizer(CHATML)

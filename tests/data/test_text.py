@@ -10,7 +10,7 @@ import torch
 from chat_tokenizers import byte_tokenizer, save
 
 from lightning_peft.data import TextData
-from lightning_peft.data.blocks import TokenBlocks
+from lightning_peft.data.sources.blocks import TokenBlocks
 from lightning_peft.errors import ConfigError, DataError
 
 TOKENIZER = byte_tokenizer()

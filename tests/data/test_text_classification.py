@@ -11,8 +11,8 @@ import pytest
 import torch
 from batches import first_tokens, load
 
-from lightning_peft.data.loading import divide
-from lightning_peft.data.tokenizing import PaddingCollator, Tokenize
+from lightning_peft.data.sources.loading import divide
+from lightning_peft.data.sources.tokenizing import PaddingCollator, Tokenize
 from lightning_peft.errors import DataError
 
 # --- batches ---------------------------------------------------------------------------------------------------------

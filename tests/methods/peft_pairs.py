@@ -19,7 +19,7 @@ from peft import TaskType
 from torch import Tensor, nn
 
 from lightning_peft import IA3, DoRA, LoRA, PrefixTuning, PromptTuning, PTuning, inject
-from lightning_peft.core.slots import named_slots
+from lightning_peft.injection.slots import named_slots
 from lightning_peft.methods.p_tuning import EncodedPrompt
 from lightning_peft.methods.prefix_tuning import Prefix, Trunk
 from lightning_peft.methods.prompt_tuning import Prompt

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import BottleneckAdapter, active, remove
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 
 PRESETS = ["houlsby", "pfeiffer", "parallel", "adapter_plus"]
 

@@ -32,8 +32,8 @@ from lightning_peft import (
     load_from_checkpoint,
     remove,
 )
-from lightning_peft.cli import main
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
+from lightning_peft.cli.parser import main
 from lightning_peft.core.method import Method
 from lightning_peft.errors import ConfigError
 

@@ -12,8 +12,8 @@ from snapshot import Snapshot
 from torch import nn
 
 from lightning_peft import IA3, inject, merge
-from lightning_peft.core.slots import named_slots
 from lightning_peft.errors import ConfigError, NotApplicableError, PEFTError, TargetError
+from lightning_peft.injection.slots import named_slots
 from lightning_peft.methods.ia3 import IA3Input, IA3Output, IA3Weight
 
 Build = Callable[..., nn.Module]

@@ -13,8 +13,8 @@ from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
 from lightning_peft import LayerNormTuning, LoRA, inject, merge, remove
-from lightning_peft.core.norms import find_norms
 from lightning_peft.errors import NotApplicableError, TargetError
+from lightning_peft.network.norms import find_norms
 
 
 class Normed(nn.Module):

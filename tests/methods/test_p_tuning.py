@@ -11,7 +11,7 @@ from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
 from lightning_peft import PTuning, inject
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.methods.p_tuning import EncodedPrompt
 

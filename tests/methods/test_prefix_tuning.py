@@ -12,7 +12,7 @@ from snapshot import assert_identical
 from torch import Tensor, nn
 
 from lightning_peft import LoRA, PrefixTuning, PromptTuning, disabled, inject, merge
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 from lightning_peft.methods.prefix_tuning import Prefix, Trunk
 
 PREFIX = 3

@@ -12,8 +12,8 @@ from snapshot import Snapshot
 from torch import nn
 
 from lightning_peft import PrefixTuning, inject
-from lightning_peft.core.attention import PrefixedAttention
 from lightning_peft.errors import ConfigError, NotApplicableError, PEFTError, TargetError
+from lightning_peft.prompting.attention import PrefixedAttention
 
 
 def _chosen(build: Callable[[], nn.Module], **fields: Any) -> list[str]:

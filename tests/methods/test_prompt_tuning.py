@@ -12,7 +12,7 @@ from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
 from lightning_peft import PromptTuning, inject
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 from lightning_peft.errors import ConfigError, NotApplicableError
 
 IDS = torch.tensor([[9, 7, 12, 33, 21, 8], [8, 7, 5, 11, 3, 4]])

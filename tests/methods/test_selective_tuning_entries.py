@@ -7,7 +7,7 @@ from plain_training import logits, masked, trained
 from torch import nn
 
 from lightning_peft import SelectiveTuning, inject, merge
-from lightning_peft.core.checkpoint import adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_state
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.9])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import SelectiveTuning, inject, merge, remove
-from lightning_peft.core.checkpoint import adapter_keys, adapter_state
+from lightning_peft.checkpoints.ckpt import adapter_keys, adapter_state
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.methods.selective_tuning import ScoredEntries
 

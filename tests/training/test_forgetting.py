@@ -15,9 +15,9 @@ from project import Project
 
 from lightning_peft import LoRA, PEFTCallback
 from lightning_peft.errors import ConfigError
-from lightning_peft.training.causal_lm import CausalLM
 from lightning_peft.training.forgetting import ForgettingMonitor, forgetting_table
-from lightning_peft.training.seq2seq import Seq2SeqLM
+from lightning_peft.training.tasks.causal_lm import CausalLM
+from lightning_peft.training.tasks.seq2seq import Seq2SeqLM
 
 TEXTS = [" ".join(WORDS[i : i + 3 + i % 5]) for i in range(0, 30, 3)]
 

@@ -14,7 +14,7 @@ import torch
 from interrupted_runs import Kill
 
 from lightning_peft import load_from_checkpoint
-from lightning_peft.core.checksum import checksum
+from lightning_peft.checkpoints.checksum import checksum
 from lightning_peft.training.files import read_checkpoint
 
 KILLS, TIMEOUT = 6, 60

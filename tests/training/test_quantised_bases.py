@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_peft import LoRA, PEFTCallback, load_adapter, load_from_checkpoint, merge, save_adapter
-from lightning_peft.commands import CommandTrainer
+from lightning_peft.cli.commands import CommandTrainer
 
 
 class QuantisedProject(Project):

@@ -1,0 +1,1 @@
+"""Adapters in files: written whole, checked when read, the peft package's format included."""

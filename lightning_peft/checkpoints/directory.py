@@ -1,0 +1,152 @@
+"""Adapters as directories: in the peft package's own format where it has the method, and checked when they are read.
+
+========================== =============================================================================================
+adapter_model.safetensors  the tensors, as peft has them; by our own keys where it has no such method
+adapter_config.json        what peft has to know
+lightning_peft.json        what we have to know: method, places, base, and a checksum of every file
+lightning_peft.safetensors what training goes on from, where peft has only what comes out of it (an MLP's prefix)
+========================== =============================================================================================
+
+A directory without ``lightning_peft.json`` is read as one that peft wrote.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_peft.checkpoints import files
+from lightning_peft.checkpoints.guard import told_as_damage
+from lightning_peft.core.method import Method
+from lightning_peft.core.peft_form import CONFIG
+from lightning_peft.errors import CheckpointError
+
+TENSORS = "adapter_model.safetensors"
+RECORD = "lightning_peft.json"
+TRAINED = "lightning_peft.safetensors"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Directory:
+    """An adapter directory as read: checked in itself, and not yet against any model."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    record: Mapping[str, Any] | None
+    """What ``lightning_peft.json`` says; None for a directory of the peft package."""
+    method: Method | None
+    """The method of the record."""
+    trained: Mapping[str, Tensor] | None
+    """The tensors of ``lightning_peft.safetensors``."""
+    size: int
+    """Bytes of the files together."""
+
+
+@told_as_damage()
+def read_directory(path: str | Path) -> Directory:
+    """Read an adapter directory; no pickled code is run.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or it was edited after it had been written.
+        ConfigError: the method is unknown, or a field of it has a value it cannot have.
+    """
+    path = Path(path)
+    contents = {name: files.read(path / name) for name in (CONFIG, TENSORS, RECORD) if (path / name).is_file()}
+    if CONFIG not in contents:
+        raise CheckpointError(_no_adapter(path))
+    record, method, trained = None, None, None
+    size = sum(map(len, contents.values()))
+    if RECORD in contents:
+        record = files.from_json(contents.pop(RECORD), path / RECORD)
+        _check_version(path, record)
+        named = files.sealed_names(record, path / RECORD)
+        contents |= {name: files.read(path / name) for name in (CONFIG, TENSORS, TRAINED) if name in named}
+        _check_seals(path, record, contents)
+        _check_record(path, record)
+        method = Method.from_config(record.get("method"))
+    if TENSORS not in contents:
+        raise CheckpointError(
+            f"{path} has no {TENSORS}, but an adapter_model.bin: a pickle, which is never loaded. Let peft load the "
+            "adapter and save it again (save_pretrained)."
+            if (path / "adapter_model.bin").exists()
+            else f"{path} has no {TENSORS}: the adapter is incomplete."
+        )
+    config = files.from_json(contents[CONFIG], path / CONFIG)
+    tensors = files.from_safetensors(contents[TENSORS], path / TENSORS)
+    if TRAINED in contents:
+        trained, size = files.from_safetensors(contents[TRAINED], path / TRAINED), size + len(contents[TRAINED])
+    return Directory(
+        path=path, config=config, tensors=tensors, record=record, method=method, trained=trained, size=size
+    )
+
+
+def write_directory(
+    path: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    record: Mapping[str, Any],
+    trained: Mapping[str, Tensor] | None,
+) -> None:
+    """Write an adapter directory; the fields are those of :class:`Directory`.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    contents = {CONFIG: files.to_json(config), TENSORS: files.to_safetensors(tensors)}
+    if trained is not None:
+        contents[TRAINED] = files.to_safetensors(trained)
+    record = files.sealed({"version": VERSION, **record}, contents)
+    # The record goes first: until every file is the one that it speaks of, the directory is refused.
+    files.replace_all(path, {RECORD: files.to_json(record, indent=None), **contents}, stale=(TRAINED,))
+
+
+def _check_version(path: Path, record: Mapping[str, Any]) -> None:
+    version = record.get("version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{path / RECORD} is damaged: its version is {version!r}.")
+    if version > VERSION:
+        raise CheckpointError(
+            f"{path} was written by a newer lightning_peft (version {version}; this one reads up to {VERSION}). "
+            "Upgrade lightning_peft."
+        )
+
+
+def _check_record(path: Path, record: Mapping[str, Any]) -> None:
+    kinds: dict[str, type] = {
+        "in_transformers_model": bool,
+        "in_peft_format": bool,
+        "places": list,
+        "modules_to_save": list,
+        "base": dict,
+    }
+    for field, kind in kinds.items():
+        value = record.get(field)
+        strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if type(value) is not kind or (kind is list and not strings):
+            raise CheckpointError(f"{path / RECORD} is damaged: its {field} is {value!r}.")
+
+
+def _check_seals(path: Path, record: Mapping[str, Any], contents: Mapping[str, bytes]) -> None:
+    broken = files.broken_seals(record, contents)
+    if not broken:
+        return
+    peft = record.get("in_peft_format") is True and "" not in broken
+    raise CheckpointError(
+        f"{path / (broken[0] or RECORD)} is not the file that was written with this adapter: it was edited, is "
+        "damaged, or its writing was broken off. "
+        + (f"If you mean the edit, delete {RECORD}: then this is read as a directory of peft." if peft else "")
+        + ("" if peft else "Take the files from where they came from once more.")
+    )
+
+
+def _no_adapter(path: Path) -> str:
+    """What to say of a path without a config."""
+    if not path.is_dir():
+        return f"There is no directory {path}{', but a file' if path.exists() else ''}. Give that of an adapter."
+    below = sorted(child.name for child in path.iterdir() if (child / CONFIG).is_file())
+    hint = f" There are some below it: {', '.join(map(repr, below))}." if below else ""
+    return f"{path} holds no adapter: there is no {CONFIG} in it.{hint}"

@@ -1,0 +1,269 @@
+"""An adapter as a directory of the peft package: what every method has in common there.
+
+What is peculiar to a method is in its own file (``to_peft`` and ``from_peft``). Here are the key prefixes, the modules
+that are trained whole, the task, and what peft does to a model without being told.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.checkpoints.tensor_checks import check_tensor
+from lightning_peft.components.tuned import SavedParameters
+from lightning_peft.core.method import Method, Placement, registered_methods
+from lightning_peft.core.peft_form import CONFIG, PROMPT, PeftFile, PeftForm, PeftTensor, listed
+from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
+from lightning_peft.network.walk import base_modules, join, within
+
+# transformers calls its models after their task, and peft has a class for some of the tasks.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+# Modules that peft trains whole for a task, without being told.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+    """How peft has an adapter, those of its modules that are trained whole included; None where it cannot.
+
+    Args:
+        method: the adapter's.
+        placements: all of its adapters, at their places in ``model``.
+        model: the network that peft would wrap.
+    """
+    own = [placement for placement in placements if not isinstance(placement.adapter, SavedParameters)]
+    form = method.to_peft(own, model) if own else None
+    if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
+        return None
+    saved = {
+        join(placement.path, name): PeftTensor((copy,), trained=isinstance(copy, nn.Parameter))
+        for placement in placements
+        if isinstance(placement.adapter, SavedParameters)
+        for name, copy in placement.adapter.copies().items()
+    }
+    return replace(form, tensors={**form.tensors, **saved})
+
+
+def to_files(form: PeftForm, saved: Sequence[str], model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of a PEFT directory.
+
+    Args:
+        form: from :func:`form_of`.
+        saved: paths of the modules that are trained whole.
+        model: the network that peft would wrap.
+    """
+    prefix, prompt = _prefix(form.tensors), PROMPT in form.tensors
+    tensors = {key if key == PROMPT else prefix + key: tensor.value() for key, tensor in form.tensors.items()}
+    task, names = _task(model, prompt), sorted(saved)
+    beside = _beside(saved, (*names, *_HEADS.get(task or "", ())), model)
+    if any(within(key, beside) for key in form.tensors):  # peft would train whole what carries an adapter
+        task, names = "FEATURE_EXTRACTION" if prompt else None, [prefix + path for path in names]
+        beside = []
+    for path, module in base_modules(model):
+        if within(path, beside):
+            tensors |= {prefix + key: tensor.detach().cpu().clone() for key, tensor in _state(path, module).items()}
+    config = {
+        **form.config,
+        "task_type": task,
+        "inference_mode": True,
+        "modules_to_save": names or None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+    }
+    return config, tensors
+
+
+def from_files(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+) -> tuple[Method, dict[str, Tensor]]:
+    """The method that a PEFT directory describes, and its tensors by the keys of :class:`PeftForm`.
+
+    Raises:
+        AdapterKeyError: a key is none of peft's.
+        BaseMismatchError: the adapter was made for layers that ``model`` does not have.
+        CheckpointError: the method, or a field of it, has no counterpart here.
+    """
+    kind = config.get("peft_type")
+    known = {name for method in registered_methods() for name in method.peft_types}
+    if not isinstance(kind, str) or kind not in known:
+        raise CheckpointError(
+            f"{CONFIG}: peft_type={kind!r} has no counterpart here; known are {', '.join(sorted(known))}."
+            f"{did_you_mean(str(kind), known)} Merge the adapter with peft (merge_and_unload) and load that model."
+        )
+    stripped = strip(tensors)
+    names = [*listed(config, "modules_to_save"), *_HEADS.get(str(config.get("task_type")), ())]
+    state, tops = base_state(model), wrapped(names, model)
+    whole = {key: top for top in tops for key in stripped if key in state and within(key, [top])}
+    file = PeftFile(config=config, tensors={k: t for k, t in stripped.items() if k not in whole}, model=model)
+    method, read = _reader(kind, config).from_peft(file)
+    _check_targets(config, read, [*whole.values()], model)
+    method = replace(method, modules_to_save=sorted({*whole.values()}) or None)  # type: ignore[type-var]
+    return method, {**read, **{key: stripped[key] for key in whole}}
+
+
+def _reader(kind: str, config: Mapping[str, Any]) -> type[Method]:
+    """The method that a file of this type belongs to: the one with the most marks among those whose marks it has."""
+    # Compared with their types: to Python, 1 is True.
+    fitting = [
+        method
+        for method in registered_methods()
+        if kind in method.peft_types
+        and all((type(v), v) == (type(config.get(name)), config.get(name)) for name, v in method.peft_marks.items())
+    ]
+    if not fitting:
+        raise CheckpointError(f"{CONFIG}: no method here reads this kind of {kind} adapter.")
+    return max(fitting, key=lambda method: len(method.peft_marks))
+
+
+def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a PEFT directory by the keys of :class:`PeftForm`.
+
+    Raises:
+        AdapterKeyError: a key is none of peft's.
+    """
+    prefix = _prefix(tensors)
+    if foreign := sorted(key for key in tensors if key != PROMPT and not key.startswith(prefix)):
+        raise AdapterKeyError(f"'{foreign[0]}' is no key of peft's: it does not begin with '{prefix}'.")
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+
+
+def fill(form: PeftForm, tensors: Mapping[str, Tensor], model: nn.Module, exact: bool = True) -> None:
+    """Put the tensors of a PEFT directory into the adapters of ``form``.
+
+    Args:
+        form: what is to be filled.
+        tensors: those of the file.
+        model: the network that peft would wrap.
+        exact: whether parameters have to have the very dtype of those of ``form``, as they do where we wrote them.
+
+    Raises:
+        AdapterKeyError: a tensor is missing, left over, or has another shape or kind; nothing is changed then.
+        CheckpointError: a parameter has values that are no numbers.
+    """
+    if missing := sorted(form.tensors.keys() - tensors.keys()):
+        raise AdapterKeyError(
+            f"The file lacks {len(missing)} of {len(form.tensors)} tensors, first '{missing[0]}'. It is incomplete, or "
+            "the adapter was trained on another base."
+        )
+    base = base_state(model)
+    for key in sorted(tensors.keys() - form.tensors.keys()):
+        # peft saves an embedding along with the adapter on it, and modules that it expects to be trained.
+        own = base.get(key.replace(".base_layer.", "."))
+        if own is None:
+            raise AdapterKeyError(
+                f"The file holds a tensor '{key}' that belongs to no part of the adapter."
+                f"{did_you_mean(key, form.tensors)}"
+            )
+        if not _equal(own, tensors[key]):
+            raise BaseMismatchError(
+                f"The file brings its own values for '{key}' of the base, and {type(model).__name__} has others (an "
+                "enlarged vocabulary, or another base). Put these into the base model first, and train there."
+            )
+    for key, tensor in form.tensors.items():
+        check_tensor(key, tensors[key], tensor.shape, tensor.parts[0], tensor.trained, exact)
+    for key, tensor in form.tensors.items():
+        tensor.fill(tensors[key])
+
+
+def wrapped(names: Iterable[str], model: nn.Module) -> list[str]:
+    """Paths of the modules that peft trains whole for these ``modules_to_save``; it asks for no dot before a name."""
+    ends = tuple(names)
+    if not ends:
+        return []
+    found = [path for path, _ in base_modules(model) if path and f"base_model.model.{path}".endswith(ends)]
+    return [path for path in found if not any(path != other and within(path, [other]) for other in found)]
+
+
+def _beside(saved: Sequence[str], names: Sequence[str], model: nn.Module) -> list[str]:
+    """Modules that peft takes along beside those ``saved``, and whose values it then wants."""
+    return [path for path in wrapped(names, model) if not within(path, saved)]
+
+
+def _check_targets(config: Mapping[str, Any], keys: Iterable[str], saved: Sequence[str], model: nn.Module) -> None:
+    """Raise where the config means a layer that the file has nothing for, as on a base with more layers.
+
+    Raises:
+        BaseMismatchError: names the layer.
+        CheckpointError: a field has a value it cannot have.
+    """
+    if config.get("target_modules") == "all-linear":
+        return
+    paths = [path for path, module in base_modules(model) if any(True for _ in module.parameters(recurse=False))]
+    indices, containers = config.get("layers_to_transform"), listed(config, "layers_pattern")
+    indices = [indices] if type(indices) is int else indices
+    if not (indices is None or (isinstance(indices, list) and all(type(index) is int for index in indices))):
+        raise CheckpointError(f"{CONFIG}: layers_to_transform must be a list of indices, not {indices!r}.")
+    try:
+        meant = _match(config, "target_modules", paths) - _match(config, "exclude_modules", paths)
+        if indices:
+            meant = {path for path in meant if _layer(path, containers) in indices}
+    except re.error as error:
+        raise CheckpointError(f"{CONFIG}: a pattern is no regular expression ({error}).") from error
+    with_tensors = {path for path in meant if any(within(key, [path]) for key in keys)}
+    if lacking := sorted(path for path in meant - with_tensors if not within(path, saved)):
+        raise BaseMismatchError(
+            f"{CONFIG}: target_modules means '{lacking[0]}' too, and the file has no tensors for it. The adapter was "
+            "trained on another base, with fewer layers, or is incomplete."
+        )
+
+
+def _match(config: Mapping[str, Any], name: str, paths: Iterable[str]) -> set[str]:
+    """Those of ``paths`` that a field means: one regular expression, or names and suffixes."""
+    patterns = listed(config, name)
+    if isinstance(config.get(name), str):
+        return {path for path in paths if re.fullmatch(patterns[0], path)}
+    return {path for path in paths for end in patterns if path == end or path.endswith(f".{end}")}
+
+
+def _layer(path: str, containers: Sequence[str]) -> int | None:
+    """The index that peft takes for the layer's."""
+    for name in containers or [r"[^.]*"]:
+        if match := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path):
+            return int(match[1])
+    return None
+
+
+def _prefix(keys: Iterable[str]) -> str:
+    """What peft puts before the path of a module: it wraps a model once for a prompt, else twice."""
+    return "base_model." if PROMPT in keys else "base_model.model."
+
+
+def _task(model: Any, prompt: bool) -> str | None:
+    """The task of a transformers model, by which peft chooses what to do with a prompt."""
+    if not hasattr(model, "can_generate"):
+        return None
+    named = (task for cls in type(model).__mro__ for end, task in _TASKS.items() if cls.__name__.endswith(end))
+    if task := next(named, None):
+        return task
+    if model.can_generate():
+        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return "FEATURE_EXTRACTION" if prompt else None
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own parameters and saved buffers, by path."""
+    return {key: tensor for path, module in base_modules(model) for key, tensor in _state(path, module).items()}
+
+
+def _state(path: str, module: nn.Module) -> dict[str, Tensor]:
+    own = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
+    return {join(path, name): tensor for name, tensor in {**module._parameters, **own}.items() if tensor is not None}
+
+
+def _equal(own: Tensor, other: Tensor) -> bool:
+    """Whether both are the same numbers but for rounding to the coarser of their dtypes."""
+    if own.shape != other.shape or own.is_floating_point() != other.is_floating_point():
+        return False
+    if not own.is_floating_point():
+        return torch.equal(own.cpu(), other)
+    coarser = max(torch.finfo(own.dtype).eps, torch.finfo(other.dtype).eps)
+    return torch.allclose(own.detach().cpu().double(), other.double(), rtol=2 * coarser, atol=1e-12)

@@ -1,0 +1,289 @@
+"""Adapters from a model to a directory and back.
+
+Paths in the files are seen from the transformers model, so that an adapter trained inside a LightningModule loads into
+the bare model, in peft too, and the other way round.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.checkpoints.directory import RECORD, Directory, read_directory, write_directory
+from lightning_peft.checkpoints.fingerprint import SAMPLES, base_tensors, compare, fingerprint
+from lightning_peft.checkpoints.guard import no_larger_than, told_as_damage
+from lightning_peft.checkpoints.peft_format import fill, form_of, from_files, strip, to_files
+from lightning_peft.checkpoints.tensor_checks import check_tensor
+from lightning_peft.components.tuned import SavedParameters
+from lightning_peft.core.method import Method, Placement
+from lightning_peft.errors import AdapterKeyError, CheckpointError, TargetError, did_you_mean
+from lightning_peft.injection.inject import Injection, attach, plan_injection
+from lightning_peft.injection.registry import find_adapter
+from lightning_peft.injection.report import Report
+from lightning_peft.injection.slots import slot_name
+from lightning_peft.network.pretrained import pretrained_models
+from lightning_peft.network.walk import CHILD, below, join, plain_name, within
+
+OWN_NAME = "default"
+"""What adapters are called in our own keys of a file, whatever they are called in the model."""
+_SHORT = ("float32", "bfloat16", "float16")
+
+
+@torch.no_grad()
+def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Write the adapter ``name`` to the directory ``path``, which is made if need be.
+
+    Where the peft package has the method, ``peft.PeftModel.from_pretrained(network, path)`` loads it; the paths in the
+    files are seen from the transformers model inside ``model``, if it is one. An adapter that lies there already is
+    replaced; if that is broken off halfway, what is left is refused when it is read.
+
+    Raises:
+        AdapterNameError: there is no such adapter.
+        CheckpointError: the directory cannot be written.
+    """
+    _, owner, registry = find_adapter(model, name)
+    attachment = registry.attachments[name]
+    placements = [Placement(place, adapter, part) for place, part, adapter in registry.parts(name)]
+    whole = [plain_name(place) for place in attachment.saved]
+    found = _sole_network(owner)
+    inward = found is not None and all(within(place, [found[0]]) for place in [*(p.path for p in placements), *whole])
+    root, network = found if found and inward else ("", owner)
+    placements = _seen_from(root, placements)
+    saved = [_cut(place, root) for place in whole]
+    form = form_of(attachment.method, placements, network)
+    trained: dict[str, Tensor] | None = None
+    if form is None:
+        tensors = {key: tensor.detach().cpu().clone() for key, tensor in _own(placements).items()}
+        # A type that peft does not know, so that it refuses the directory.
+        config: dict[str, Any] = {"peft_type": f"lightning_peft.{type(attachment.method).__name__}"}
+    else:
+        config, tensors = to_files(form, saved, network)
+        if not form.exact:
+            trained = {key: tensor.detach().cpu().clone() for key, tensor in _own(_without_saved(placements)).items()}
+    base = fingerprint(owner, root, saved)
+    record = {
+        "method": attachment.method.to_config(),
+        "in_transformers_model": inward,
+        "in_peft_format": form is not None,
+        "places": _places(placements),
+        "modules_to_save": saved,
+        "base": {**base, "samples": _samples(base)},
+    }
+    write_directory(Path(path), config, tensors, record, trained)
+
+
+def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> Report:
+    """Read the adapter in the directory ``path`` and inject it into ``model`` as ``name``.
+
+    It acts and trains, beside those that do already. Directories of the peft package are read too. If anything is
+    wrong, the model is left as it was.
+
+    Returns:
+        A report of what was injected, what trains, and what is frozen. ``print`` shows it as a table.
+
+    Raises:
+        AdapterKeyError: a tensor is missing, left over, or has another shape.
+        AdapterNameError: the name is taken, or cannot be a name.
+        BaseMismatchError: the adapter was trained on another base.
+        CheckpointError: there is no adapter, it is damaged or was edited, or nothing here can read it.
+        PEFTError: the method does not fit the model.
+    """
+    injection = prepare(model, read_directory(path), name)
+    if any(tensor.is_meta for placement in injection.placements for tensor in placement.adapter.state_dict().values()):
+        raise CheckpointError(
+            f"{type(model).__name__} is on the meta device and can hold no values: load its own first."
+        )
+    return attach(model, injection)
+
+
+def prepare(model: nn.Module, directory: Directory, name: str) -> Injection:
+    """Everything that loading does but for the change of ``model``: plan, check, and fill the new adapters.
+
+    Raises:
+        PEFTError: see :func:`load_adapter`.
+    """
+    with told_as_damage():
+        if directory.record is None:
+            return _from_peft(model, directory, name)
+        return _from_record(model, directory, directory.record, name)
+
+
+@torch.no_grad()
+def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
+    if str(directory.config.get("peft_type")).startswith("lightning_peft."):
+        raise CheckpointError(f"{directory.path} has no {RECORD}, without which this method cannot be read.")
+    root, network = _sole_network(model) or ("", model)
+    method, tensors = from_files(directory.config, directory.tensors, network)
+    with no_larger_than(model, directory.tensors.values()):
+        injection = plan_injection(model, method, name)
+    form = form_of(method, _seen_from(root, injection.placements), network)
+    if form is None:
+        raise CheckpointError(
+            f"What peft computes with {directory.path} is not what {type(method).__name__} computes on these layers "
+            "(convolutions with dilation, groups or another padding, or attention weights). Merge the adapter with "
+            "peft (merge_and_unload) and load the merged model."
+        )
+    fill(form, tensors, network, exact=False)  # many are kept in 16 bits
+    return injection
+
+
+@torch.no_grad()
+def _from_record(model: nn.Module, directory: Directory, record: Mapping[str, Any], name: str) -> Injection:
+    found = _sole_network(model) if record["in_transformers_model"] else ("", model)
+    if found is None:
+        raise CheckpointError(
+            f"The adapter in {directory.path} belongs on a transformers model, and {type(model).__name__} does not "
+            "hold exactly one: call this with the part that it is meant for."
+        )
+    (root, network), method = found, directory.method
+    assert method is not None
+    saved = record["modules_to_save"]
+    compare(base_tensors(model, root, saved), _fingerprint(directory.path, record["base"]), model)
+    with no_larger_than(model, [*directory.tensors.values(), *(directory.trained or {}).values()]):
+        injection = _placed_alike(model, found, directory, record, method, name)
+    placements = _seen_from(root, injection.placements)
+    form = form_of(method, placements, network) if record["in_peft_format"] else None
+    if (form is not None) != record["in_peft_format"]:
+        raise CheckpointError(f"{directory.path / RECORD} says that peft has this adapter, and it has not.")
+    if form is None:
+        load_own(placements, directory.tensors)
+        return injection
+    tensors = strip(directory.tensors)
+    if form.exact:
+        fill(form, tensors, network)
+        return injection
+    load_own(_without_saved(placements), directory.trained or {})
+    # Of peft's file, what was computed is left.
+    saved_part = replace(form, tensors={k: t for k, t in form.tensors.items() if within(k, saved)})
+    fill(saved_part, {k: t for k, t in tensors.items() if k in saved_part.tensors or k not in form.tensors}, network)
+    return injection
+
+
+def _placed_alike(
+    model: nn.Module,
+    found: tuple[str, nn.Module],
+    directory: Directory,
+    record: Mapping[str, Any],
+    method: Method,
+    name: str,
+) -> Injection:
+    """The stored method, planned; with every layer named where its patterns mean others in this model.
+
+    Raises:
+        CheckpointError: even so it takes other places than the file says.
+    """
+    (root, network), refusal = found, ""
+    try:
+        injection = plan_injection(model, method, name)
+        if not _unlike(record["places"], _seen_from(root, injection.placements)):
+            return injection
+    except TargetError as error:  # an expression for whole names, in a model where these begin otherwise
+        refusal = f" ({error})"
+    if record["in_peft_format"]:
+        named = from_files(directory.config, directory.tensors, network)[0]
+        method = named if type(named) is type(method) else method
+    else:
+        paths = dict.fromkeys(
+            place.partition(":")[0] for place in record["places"] if not within(place, record["modules_to_save"])
+        )
+        method = method.pointed_at(list(paths))
+    if "modules_to_save" in method.field_names():
+        method = replace(method, modules_to_save=record["modules_to_save"] or None)  # type: ignore[type-var]
+    injection = plan_injection(model, method, name)
+    if other := _unlike(record["places"], _seen_from(root, injection.placements)):
+        raise CheckpointError(
+            f"The adapter in {directory.path} has {len(record['places'])} places and its method finds "
+            f"{len(injection.placements)} in {type(model).__name__}; they differ in '{other}'{refusal}. Load it into a "
+            "model like the one it was trained in."
+        )
+    return injection
+
+
+def _samples(base: Mapping[str, Any]) -> list[list[float]]:
+    """The sampled values of a fingerprint, with no more digits than tell one fp32 number from another."""
+    rows = zip(base["samples"].tolist(), base["dtypes"], strict=True)
+    return [[float(f"{x:.9g}") for x in row] if dtype in _SHORT else row for row, dtype in rows]
+
+
+def _fingerprint(path: Path, base: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint as it was before it became JSON."""
+    try:
+        samples = torch.tensor(base["samples"], dtype=torch.float64).reshape(-1, SAMPLES)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path / RECORD} is damaged: its record of the base holds no numbers.") from error
+    return {**base, "samples": samples}
+
+
+# Places, as seen from the network that peft would wrap ---------------------------------------------------------------
+
+
+def _sole_network(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """The one transformers model at or below ``model``, with its path; None if there is none, or several."""
+    found = [(plain_name(path), network) for path, network in pretrained_models(model)]
+    return found[0] if len(found) == 1 else None
+
+
+def _cut(path: str, root: str) -> str:
+    return below(plain_name(path), root)
+
+
+def _seen_from(root: str, placements: Sequence[Placement]) -> list[Placement]:
+    return [replace(placement, path=_cut(placement.path, root)) for placement in placements]
+
+
+def _places(placements: Sequence[Placement]) -> list[str]:
+    return [f"{placement.path}:{placement.part}" if placement.part else placement.path for placement in placements]
+
+
+def _unlike(recorded: Sequence[str], placements: Sequence[Placement]) -> str:
+    """A place that is not in both; empty if there is none. Those of parts without tensors are not compared.
+
+    Where such a part acts (what moves positions, what cuts an output) may change from one release to the next.
+    """
+    empty = {placement.part for placement in placements if not placement.adapter.state_dict()} - {""}
+    places = ({*recorded}, {*_places(placements)})
+    kept = [{place for place in some if place.partition(":")[2] not in empty} for some in places]
+    return next(iter(sorted(kept[0] ^ kept[1])), "")
+
+
+def _without_saved(placements: Sequence[Placement]) -> list[Placement]:
+    return [placement for placement in placements if not isinstance(placement.adapter, SavedParameters)]
+
+
+# Tensors by our own keys: those of the state dict, of an adapter that is called "default" -----------------------------
+
+
+def _prefix(placement: Placement) -> str:
+    return join(placement.path, CHILD, slot_name(OWN_NAME, placement.part)) + "."
+
+
+def _own(placements: Sequence[Placement]) -> dict[str, Tensor]:
+    return {
+        f"{_prefix(placement)}{key}": tensor
+        for placement in placements
+        for key, tensor in placement.adapter.state_dict(keep_vars=True).items()
+    }
+
+
+def load_own(placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
+    """Put ``tensors`` into adapters that are not attached yet.
+
+    Raises:
+        AdapterKeyError: one is missing, left over, or has another shape or kind; nothing is changed then.
+    """
+    wanted = _own(placements)
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise AdapterKeyError(f"The file lacks {len(missing)} of {len(wanted)} tensors, first '{missing[0]}'.")
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise AdapterKeyError(
+            f"The file holds {len(extra)} tensors that belong to no adapter, first '{extra[0]}'."
+            f"{did_you_mean(extra[0], wanted)}"
+        )
+    for key, tensor in wanted.items():
+        check_tensor(key, tensors[key], tensor.shape, tensor, isinstance(tensor, nn.Parameter))
+    for placement in placements:
+        prefix, state = _prefix(placement), placement.adapter.state_dict()
+        placement.adapter.load_state_dict({key: tensors[prefix + key] for key in state})

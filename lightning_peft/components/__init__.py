@@ -1,0 +1,1 @@
+"""Bricks that several methods are built of."""

@@ -1,0 +1,242 @@
+r"""What methods share whose adapter is a product of two factors beside a frozen weight.
+
+.. math:: s B A, \qquad A \in R^{r \times in}, B \in R^{out \times r}, \qquad s = \alpha / r
+
+with :math:`\alpha / \sqrt r` for rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732). Here are the fields, the choice of
+rank and scale for each layer, the factors, and the peft package's form of them; what is computed with the factors is
+each method's own.
+"""
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.core.adapter import Adapter, OutputAdapter, adapter_dtype
+from lightning_peft.core.method import Placement, is_number
+from lightning_peft.core.peft_form import CONFIG, PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, exceptions
+from lightning_peft.core.recipes import LowRank, Recipe
+from lightning_peft.core.targeted import LayerMethod
+from lightning_peft.errors import CheckpointError, ConfigError, NotApplicableError, TargetError
+from lightning_peft.network.hosts import Host
+from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, TransposedLayout
+from lightning_peft.network.targets import matches_end, pattern_value
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankMethod(LayerMethod):
+    """Two factors beside each chosen weight.
+
+    Raises:
+        ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
+    """
+
+    peft_types: ClassVar[tuple[str, ...]] = ("LORA",)
+
+    r: int = 8
+    """Rank of the update, at least 1 and at most the smaller side of each layer's matrix."""
+    alpha: float = 16.0
+    """Numerator of the scale, greater than 0."""
+    dropout: float = 0.0
+    """Probability of dropping an input feature of A, 0 to 1 (exclusive). Embeddings, fed with indices, are exempt."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) in place of alpha / r."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of layers whose name ends in the key (a suffix or a regular expression)."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas of layers whose name ends in the key (a suffix or a regular expression)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise self.invalid(name, "a mapping from layer names to values")
+        for name, ranks in {"r": {"": self.r}, "rank_pattern": self.rank_pattern}.items():
+            if not all(type(r) is int and r >= 1 for r in ranks.values()):
+                raise self.invalid(name, "at least 1 and whole")
+        for name, alphas in {"alpha": {"": self.alpha}, "alpha_pattern": self.alpha_pattern}.items():
+            if not all(is_number(alpha) and 0 < alpha < math.inf for alpha in alphas.values()):
+                raise self.invalid(name, "a number greater than 0")
+        self.check_probability("dropout")
+        self.check_flags("use_rslora")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                try:
+                    re.compile(pattern)
+                except (re.error, TypeError) as error:
+                    raise self.invalid(name, f"keyed by suffixes or regular expressions ({error})") from error
+
+    def select(self, model: nn.Module, saved: Sequence[str]) -> list[Host]:
+        hosts = super().select(model, saved)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, name):
+                if not any(matches_end(pattern, host.name) for host in hosts):
+                    raise TargetError(
+                        f"{type(self).__name__}.{name}: {pattern!r} matches none of the {len(hosts)} adapted layers, "
+                        f"such as '{hosts[0].name}'."
+                    )
+        return hosts
+
+    @abstractmethod
+    def build_output(self, host: Host, r: int, scale: float) -> Adapter:
+        """Build the adapter that acts on the output of ``host``."""
+
+    @abstractmethod
+    def build_weight(self, host: Host, r: int, scale: float) -> Adapter:
+        """Build the adapter that acts on the weight which ``host`` reads itself; there is no dropout then."""
+
+    def build(self, host: Host) -> Adapter:
+        r = pattern_value(self.rank_pattern, host.name, self.r)
+        alpha = pattern_value(self.alpha_pattern, host.name, self.alpha)
+        limit = min(host.layout.out_features, host.layout.in_features)
+        if r > limit:
+            raise ConfigError(
+                f"rank {r} is larger than '{host.name}' ({host.layout.out_features} x {host.layout.in_features}) "
+                f"allows; use r <= {limit} (rank_pattern), exclude_modules, or train it whole with modules_to_save."
+            )
+        scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        if not host.reads_weight:
+            return self.build_output(host, r, scale)
+        if self.dropout:
+            raise NotApplicableError(
+                f"{type(self).__name__}.dropout={self.dropout} cannot act on '{host.name}': "
+                f"{type(host.module).__name__} reads that weight itself, so there is no input to drop from. "
+                "Set dropout=0 or exclude it (exclude_modules)."
+            )
+        return self.build_weight(host, r, scale)
+
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+        tensors: dict[str, PeftTensor] = {}
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        transposed = []
+        for placement in placements:
+            path, adapter = placement.path, placement.adapter
+            if not isinstance(adapter, LowRankFactors) or not (named := adapter.peft_tensors()):
+                return None  # peft has it in no layer that reads its weight itself (but for a part of one)
+            tensors |= {f"{path}.{key}": PeftTensor((tensor,)) for key, tensor in named.items()}
+            ranks[path] = r = adapter.lora_A.shape[0]
+            divisor = math.sqrt(r) if self.use_rslora else r
+            # One of the fields, as it was written: what the scale was computed from cannot be had back exactly.
+            known = {self.alpha, *self.alpha_pattern.values()}
+            alphas[path] = min(known, key=lambda alpha: abs(alpha / divisor - adapter.scale))
+            transposed.append(type(adapter.layout) is TransposedLayout)
+        (r, rank_pattern), (alpha, alpha_pattern) = exceptions(ranks), exceptions(alphas)
+        config = {
+            "peft_type": "LORA",
+            "r": r,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": self.dropout,
+            "use_rslora": self.use_rslora,
+            "rank_pattern": rank_pattern,
+            "alpha_pattern": alpha_pattern,
+            "bias": "none",
+            "fan_in_fan_out": any(transposed),
+            "target_modules": exact_targets(ranks, model),
+            **self.peft_marks,
+        }
+        return PeftForm(config=config, tensors=tensors)
+
+    @classmethod
+    def from_peft(cls, file: PeftFile) -> tuple[Self, Mapping[str, Tensor]]:
+        file.check_fields(*_READ, *cls.peft_marks)
+        for name, harmless in (("bias", ("none", None)), ("init_lora_weights", _INITS)):
+            if name not in cls.peft_marks and file.config.get(name) not in harmless:
+                raise file.unsupported(name)
+        r, alpha = file.whole("r", 8), file.number("lora_alpha", 8)
+        rank_pattern, alpha_pattern = file.patterns("rank_pattern"), file.patterns("alpha_pattern")
+        ranks = {path: a.shape[0] for path, a in file.hosts("lora_A.weight", "lora_embedding_A").items()}
+        for path, found in ranks.items():
+            if found != pattern_value(rank_pattern, path, r):
+                raise CheckpointError(
+                    f"{CONFIG} gives '{path}' the rank {pattern_value(rank_pattern, path, r)}, and its tensors have "
+                    f"{found}: r or rank_pattern was edited, or the files belong to two adapters."
+                )
+        (r, ranks), (alpha, alphas) = (
+            exceptions(ranks),
+            exceptions({path: pattern_value(alpha_pattern, path, alpha) for path in ranks}),
+        )
+        method = cls(
+            r=r,
+            alpha=alpha,
+            dropout=file.number("lora_dropout", 0.0),
+            use_rslora=file.flag("use_rslora"),
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            target_modules=exact_names(file.hosts("lora_A.weight", "lora_embedding_A"), file.model),
+            modules_to_save=None,
+        )
+        return method, file.tensors
+
+
+class LowRankFactors(Adapter):
+    """The two factors, wherever they act."""
+
+    def __init__(self, host: Host, r: int, scale: float) -> None:
+        super().__init__()
+        self.layout, self.scale = host.layout, scale
+        self.lora_A, self.lora_B = _factors(host, r)  # (r, in), (out, r)
+
+    def low_rank(self) -> LowRank | None:
+        return LowRank(self.lora_A, self.lora_B, self.scale)
+
+    def combine(self, sources: Sequence[Any], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
+        made = recipe.mix_low_rank([LowRank(source.lora_A, source.lora_B, source.scale) for source in sources])
+        self.lora_A, self.lora_B, self.scale = nn.Parameter(made.a), nn.Parameter(made.b), made.scale
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """``s * B A`` in the shape and dtype of ``weight``."""
+        return self.layout.native(self.scale * (self.lora_B @ self.lora_A)).to(weight.dtype)
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        """The parameters by peft's names and in its shapes; empty where peft would compute something else."""
+        return {}
+
+
+class LowRankOutput(LowRankFactors, OutputAdapter):
+    """The two factors where they act on the host's output."""
+
+    def __init__(self, host: Host, r: int, scale: float, dropout: float) -> None:
+        super().__init__(host, r, scale)
+        self.dropout = dropout
+
+    def dropout_of(self, x: Tensor) -> float:
+        """The probability with which features of ``x`` are dropped now: an index has none."""
+        return self.dropout if self.training and x.is_floating_point() else 0.0
+
+    def peft_tensors(self) -> dict[str, Tensor]:
+        layout, a, b = self.layout, self.lora_A.detach(), self.lora_B.detach()
+        if isinstance(layout, EmbeddingLayout):
+            return {"lora_embedding_A": a, "lora_embedding_B": b}
+        if isinstance(layout, ConvLayout):
+            # peft's factors have no dilation and no padding mode, and with groups the second one has groups as well.
+            if layout.groups > 1 or set(layout.dilation) != {1} or layout.padding_mode != "zeros":
+                return {}
+            a, b = layout.native(a), b.view(*b.shape, *[1] * len(layout.kernel))
+        return {"lora_A.weight": a, "lora_B.weight": b}
+
+
+# What from_peft reads, and what only says how the factors started (those that change the base when they start do not).
+_READ = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
+    "loftq_config", "eva_config", "megatron_core", "qalora_group_size", "runtime_config",
+)  # fmt: skip
+_INITS: tuple[Any, ...] = (None, True, False, "gaussian", "orthogonal", "eva")
+
+
+def _factors(host: Host, r: int) -> tuple[nn.Parameter, nn.Parameter]:
+    layout = host.layout
+    like: Any = {"device": host.weight.device, "dtype": adapter_dtype(host.weight)}
+    if isinstance(layout, EmbeddingLayout):
+        # A row of A belongs to one token: starting from zero, each moves when it is first seen.
+        a, b = torch.zeros(r, layout.in_features, **like), torch.empty(layout.out_features, r, **like).normal_()
+    else:
+        bound = 1 / math.sqrt(layout.in_features)  # Kaiming's for uniform numbers, with the paper's a = sqrt(5)
+        a = torch.empty(r, layout.in_features, **like).uniform_(-bound, bound)
+        b = torch.zeros(layout.out_features, r, **like)
+    return nn.Parameter(a), nn.Parameter(b)

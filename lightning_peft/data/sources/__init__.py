@@ -1,0 +1,1 @@
+"""Reading rows, checking them, and turning them into token ids and batches."""

@@ -1,0 +1,1 @@
+"""Adapters folded into the base, and adapters made of others."""

@@ -1,0 +1,178 @@
+"""Every layer type that can carry a weight-shaped adapter, each seen as one matrix of shape (out, in).
+
+A :class:`Host` is one weight of one module. Its :class:`Layout` says how the weight turns into a matrix and back, and
+how the two halves of a low-rank product act on the layer's input and output. A new layer type is a layout (if none
+fits) and one function registered with :func:`weights_of`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_peft.errors import NotApplicableError
+from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
+from lightning_peft.network.walk import base_modules, join, parent
+from lightning_peft.optional import hf_conv1d
+
+
+@dataclass(frozen=True)
+class Host:
+    """One weight of one module of a model."""
+
+    name: str
+    """What target patterns match: ``encoder.0.self_attn.in_proj``."""
+    path: str
+    """Path of the module whose forward runs: ``encoder.0.self_attn``."""
+    module: nn.Module
+    parameter: str
+    """Path of the weight from the module: ``in_proj_weight``, ``out_proj.weight``."""
+    layout: Layout
+    reads_weight: bool = False
+    """Whether the module reads this weight in a larger computation, so that only the weight can be adapted."""
+    bias: str = ""
+    """Path of the bias that goes with the weight, from the module; empty where there is none."""
+    bias_start: int = 0
+    """Where this weight's ``layout.out_features`` entries begin in that bias."""
+    fresh: bool = False
+    """Whether the module returns a new tensor that nothing else reads, its own backward included."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight itself, in the layer's own shape.
+
+        Raises:
+            NotApplicableError: it is no parameter but computed from others.
+        """
+        own = self.module._parameters.get(self.parameter)
+        if own is not None:  # as nearly always, and faster
+            return own
+        try:
+            return self.module.get_parameter(self.parameter)
+        except AttributeError as error:
+            raise NotApplicableError(
+                f"The {self.parameter} of '{self.name}' is computed (a parametrization such as weight_norm) and cannot "
+                "be adapted. Remove the parametrization first, or leave the layer out (exclude_modules)."
+            ) from error
+
+    @property
+    def linear(self) -> bool:
+        """Whether the weight is a matrix that multiplies a vector of features (not a kernel, not a table)."""
+        return type(self.layout) in (Layout, TransposedLayout)
+
+    @property
+    def part(self) -> str:
+        """The part of a slot's name that tells this weight from the module's others; empty for the usual one."""
+        return "" if self.parameter == "weight" else self.parameter.replace(".", "_")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a module: what :class:`Host` says of it, seen from the module alone."""
+
+    layout: Layout
+    parameter: str = "weight"
+    name: str = ""
+    """Name below the module; empty where the module itself is meant."""
+    reads_weight: bool = False
+    bias: str = ""
+    bias_start: int = 0
+    fresh: bool = False
+
+
+@singledispatch
+def weights_of(module: nn.Module) -> tuple[Weight, ...]:
+    """The weights of ``module`` that can be adapted."""
+    if (conv1d := hf_conv1d()) and isinstance(module, conv1d):
+        size_in, size_out = module.get_parameter("weight").shape
+        layout = TransposedLayout(size_out, size_in)
+        return (Weight(layout, bias="bias", fresh=type(module).forward is conv1d.forward),)
+    return ()
+
+
+@weights_of.register
+def _(module: nn.Linear) -> tuple[Weight, ...]:
+    layout = Layout(module.out_features, module.in_features)
+    # A subclass may return anything, such as the output of an activation, which the activation's backward reads.
+    return (Weight(layout, bias=_bias(module), fresh=type(module).forward is nn.Linear.forward),)
+
+
+@weights_of.register
+def _(module: nn.Embedding) -> tuple[Weight, ...]:
+    layout = EmbeddingLayout(module.embedding_dim, module.num_embeddings, module.padding_idx, module.scale_grad_by_freq)
+    return (Weight(layout),)
+
+
+@weights_of.register(nn.Conv1d)
+@weights_of.register(nn.Conv2d)
+@weights_of.register(nn.Conv3d)
+def _(module: Any) -> tuple[Weight, ...]:
+    layout = ConvLayout(
+        module.out_channels,
+        module.weight.shape[1:].numel(),
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        module.padding if isinstance(module.padding, str) else tuple(module.padding),
+        tuple(module.dilation),
+        module.groups,
+        module.padding_mode,
+        tuple(module._reversed_padding_repeated_twice),
+    )
+    return (Weight(layout, bias=_bias(module)),)
+
+
+@weights_of.register
+def _(module: nn.MultiheadAttention) -> tuple[Weight, ...]:
+    d, bias = module.embed_dim, _bias(module, "in_proj_bias")
+    if module.in_proj_weight is not None:
+        inputs = [Weight(Layout(3 * d, d), "in_proj_weight", "in_proj", True, bias)]
+    else:
+        sizes = {"q_proj": d, "k_proj": module.kdim, "v_proj": module.vdim}
+        inputs = [
+            Weight(Layout(d, size), f"{name}_weight", name, True, bias, i * d)
+            for i, (name, size) in enumerate(sizes.items())
+        ]
+    # out_proj is a module, but its forward never runs: the attention reads its weight.
+    bias = "out_proj.bias" if _bias(module.out_proj) else ""
+    return (*inputs, Weight(Layout(d, d), "out_proj.weight", "out_proj", True, bias))
+
+
+def _bias(module: nn.Module, name: str = "bias") -> str:
+    return name if module._parameters.get(name) is not None else ""
+
+
+def find_hosts(model: nn.Module) -> Iterator[Host]:
+    """Yield every host of ``model``, in the order of its modules.
+
+    Raises:
+        NotApplicableError: a lazy layer has no weight yet.
+    """
+    claimed: set[int] = set()
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, UninitializedParameter):
+                raise NotApplicableError(
+                    f"{type(module).__name__} at '{path}' has no {name} yet (a lazy layer). "
+                    "Run one batch through the model before adding an adapter."
+                )
+        if id(module) in claimed:
+            continue
+        for weight in weights_of(module):
+            owner = parent(weight.parameter)
+            if owner:
+                claimed.add(id(module.get_submodule(owner)))
+            name = join(path, weight.name)
+            yield Host(
+                name=name,
+                path=path,
+                module=module,
+                parameter=weight.parameter,
+                layout=weight.layout,
+                reads_weight=weight.reads_weight,
+                bias=weight.bias,
+                bias_start=weight.bias_start,
+                fresh=weight.fresh,
+            )

@@ -1,0 +1,1 @@
+"""Virtual tokens, keys and values before a text, and what a call of a transformers model means."""

@@ -1,0 +1,114 @@
+"""What a transformers model puts out, cut to the tokens that its caller has sent.
+
+Only names tell which outputs have a place for each token, so while virtual tokens act the model is asked for names,
+also where the caller wants a plain tuple.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lightning_peft.components.taps import Tap
+from lightning_peft.core.adapter import InputAdapter, OutputAdapter
+from lightning_peft.network.calls import argument_names, bound
+from lightning_peft.prompting.padding import extract
+
+_SEQUENCES = ("last_hidden_state", "hidden_states", "logits", "prediction_logits")  # (..., length, features)
+_SPANS = ("start_logits", "end_logits")  # (batch, length)
+_Cut = Callable[[Tensor, int], Tensor]  # what stays of a tensor that has tokens in this dimension
+
+
+class NamedOutput(InputAdapter):
+    """Asks the model for outputs by name, and notes in a tap that the caller wants a plain tuple."""
+
+    def __init__(self, pretrained: Any, plain: Tap) -> None:
+        super().__init__()
+        self._pretrained = (pretrained,)  # in a tuple: it stays the base's module, not one of this adapter
+        self.plain = plain
+        self.names = argument_names(pretrained)
+
+    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        call = bound(self.names, args, kwargs)
+        wanted = call.get("return_dict")
+        wanted = self._pretrained[0].config.return_dict if wanted is None else wanted
+        self.plain.value = wanted is False
+        return ((), {**call, "return_dict": True}) if self.plain.value else (args, kwargs)
+
+
+class PlainOutput(OutputAdapter):
+    """Turns the output back into a tuple, where the caller wants one."""
+
+    depth = -1  # when all is cut
+
+    def __init__(self, plain: Tap) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, x: Any, y: Any) -> Any:
+        return y.to_tuple() if self.plain.take() and hasattr(y, "to_tuple") else y
+
+
+class PromptCrop(OutputAdapter):
+    """Cuts what the model puts out for each token to the tokens that were sent."""
+
+    def __init__(self, lengths: Tap) -> None:
+        super().__init__()
+        self.lengths = lengths
+
+    def forward(self, x: Any, y: Any) -> Any:
+        lengths = self.lengths.take()
+        if lengths is None:
+            return y
+        new, total, padding = lengths
+        return _crop(
+            y,
+            lambda x, dim: extract(x, dim, min(x.shape[dim], new), padding),
+            lambda x, dim: extract(x, dim, min(x.shape[dim], total), padding),
+        )
+
+
+class EncoderCrop(OutputAdapter):
+    """Cuts what an encoder-decoder model hands out of its encoder by the virtual tokens."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Any, y: Any) -> Any:
+        return _crop(y, self._text, self._text, "encoder_")
+
+    def _text(self, x: Tensor, dim: int) -> Tensor:
+        return extract(x, dim, x.shape[dim] - self.size)
+
+
+def _crop(output: Any, queries: _Cut, keys: _Cut, prefix: str = "") -> Any:
+    """``output`` with the text's part alone of whatever has a place for each token.
+
+    Args:
+        output: of a transformers model. What is none of those has no names, and stays as it is.
+        queries: cuts what has a place for each token of the call.
+        keys: the same for the tokens that are attended to.
+        prefix: what names begin with, the others are left alone; but the encoder is also what a decoder attends to.
+    """
+    if not isinstance(output, dict):  # every ModelOutput is one
+        return output
+    fields = {}
+    for name, value in output.items():
+        kind = name.removeprefix(prefix) if name.startswith(prefix) else name if name == "cross_attentions" else ""
+        fields[name] = _cropped(value, kind, queries, keys)
+    return type(output)(**fields)
+
+
+def _cropped(value: Any, kind: str, queries: _Cut, keys: _Cut) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_cropped(item, kind, queries, keys) for item in value)
+    if not isinstance(value, Tensor):
+        return value
+    if kind in _SEQUENCES and value.dim() >= 3:
+        return queries(value, -2)
+    if kind in _SPANS:
+        return queries(value, -1)
+    if kind == "attentions":
+        return keys(queries(value, -2), -1)
+    return keys(value, -1) if kind == "cross_attentions" else value

@@ -1,0 +1,1 @@
+"""One batch whose rows have adapters of their own."""
