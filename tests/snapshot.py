@@ -37,7 +37,7 @@ def assert_identical(a: torch.Tensor, b: torch.Tensor, what: str = "tensor") -> 
     """Fail unless both have the same dtype, shape and bits."""
     assert a.dtype == b.dtype, f"{what}: {a.dtype} is not {b.dtype}"
     assert a.shape == b.shape, f"{what}: {tuple(a.shape)} is not {tuple(b.shape)}"
-    if hasattr(a, "__tensor_flatten__"):  # a tensor made of tensors, as a quantised one may be
+    if hasattr(a, "__tensor_flatten__"):  # a tensor made of tensors, as a quantized one may be
         assert type(a) is type(b), f"{what}: {type(a)} is not {type(b)}"
         for part in a.__tensor_flatten__()[0]:
             assert_identical(getattr(a, part), getattr(b, part), f"{part} of {what}")

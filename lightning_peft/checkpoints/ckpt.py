@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoints.fingerprint import check_base, check_own_base, fingerprint
-from lightning_peft.checkpoints.guard import no_larger_than, told_as_damage
+from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
 from lightning_peft.checkpoints.save_load import OWN_NAME, load_own
 from lightning_peft.checkpoints.tensor_checks import check_finite
 from lightning_peft.core.method import Method
 from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, did_you_mean
 from lightning_peft.injection.inject import Injection, inject, plan_injection, remove
-from lightning_peft.injection.modules_to_save import resolve_saved
+from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 from lightning_peft.injection.registry import registries, registry_of
 from lightning_peft.network.walk import CHILD, join, plain_name
 
-RECORD = "lightning_peft"
+METADATA_KEY = "lightning_peft"
 """The key of a ``.ckpt`` under which the record lies."""
-VERSION = 1
+METADATA_VERSION = 1
 
 
 def adapter_keys(model: nn.Module) -> frozenset[str]:
@@ -34,18 +34,18 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {plain_name(key): tensor for key, tensor in model.state_dict().items() if key in keys}
 
 
-def record(model: nn.Module) -> dict[str, Any]:
+def metadata(model: nn.Module) -> dict[str, Any]:
     """Describe the adapters at or below ``model`` and their base, in primitives and tensors."""
     adapters = {
         f"{path}:{name}": {"path": path, "name": name, "method": attachment.method.to_config()}
         for path, registry in ((plain_name(path), registry) for path, _, registry in registries(model))
         for name, attachment in registry.attachments.items()
     }
-    return {"version": VERSION, "adapters": adapters, "base": fingerprint(model)}
+    return {"version": METADATA_VERSION, "adapters": adapters, "base": fingerprint(model)}
 
 
-@told_as_damage()
-def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -> None:
+@as_checkpoint_error()
+def attach_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> None:
     """Attach what a record describes, or check that what is attached already is the same, and that ``state`` fits.
 
     Nothing is loaded yet. If anything is wrong, the model is left as it was. A ``state`` that holds the base as well
@@ -56,7 +56,7 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
         BaseMismatchError: the adapters were trained on another base.
         CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached.
     """
-    entries = recorded_methods(recorded)
+    entries = methods_in(metadata)
     attached = {
         (plain_name(path), name): a.method for path, _, r in registries(model) for name, a in r.attachments.items()
     }
@@ -66,7 +66,7 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
             f"The file holds no adapter {missing[0]!r}; it holds {', '.join(repr(name) for _, name in entries)}. "
             "Use the adapter names that the file was written with."
         )
-    saved: list[str] = []
+    fully_trained: list[str] = []
     for (path, name), method in entries.items():
         if (present := attached.get((path, name))) and present.to_config() != method.to_config():
             raise CheckpointError(f"Adapter {name!r} of the file is another one: {_differences(method, present)}.")
@@ -75,29 +75,29 @@ def attach_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Any]) -
                 f"The file's adapter {name!r} belongs on '{path}', and {type(model).__name__} has no such module. "
                 "Load it into the class it was trained in."
             )
-        saved += [join(path, top) for top in resolve_saved(modules[path], method.modules_to_save)]
+        fully_trained += [join(path, top) for top in resolve_modules_to_save(modules[path], method.modules_to_save)]
     _check_mapping(state)
     base = base_keys(model)
     if not (base & state.keys()):
-        check_base(model, recorded.get("base"), tuple(saved))
+        check_base(model, metadata.get("base"), tuple(fully_trained))
     added: list[tuple[nn.Module, str]] = []
     try:
         for (path, name), method in entries.items():
             if (path, name) not in attached:
-                with no_larger_than(model, state.values()):
+                with limit_allocation(model, state.values()):
                     inject(modules[path], method, name)
                 added.append((modules[path], name))
-        _check_state(model, state, recorded.get("base"))
+        _check_state(model, state, metadata.get("base"))
     except Exception as error:
         for owner, name in added:
             remove(owner, name)
         if isinstance(error, AdapterNameError):
-            raise CheckpointError(f"The '{RECORD}' record of this file is damaged: {error}") from error
+            raise CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged: {error}") from error
         raise
 
 
-@told_as_damage()
-def prepare_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Tensor], name: str) -> Injection:
+@as_checkpoint_error()
+def prepare_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Tensor], name: str) -> Injection:
     """Plan to attach one adapter of a checkpoint as ``name``, filled, beside what ``model`` carries already.
 
     The checkpoint's adapter of that name is taken, or the only one it has. The model is only read.
@@ -106,7 +106,7 @@ def prepare_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Tensor
         BaseMismatchError: it was trained on another base.
         CheckpointError: the checkpoint does not hold such an adapter, or is damaged.
     """
-    entries = {entry: method for (path, entry), method in recorded_methods(recorded).items() if not path}
+    entries = {entry: method for (path, entry), method in methods_in(metadata).items() if not path}
     source = name if name in entries or len(entries) != 1 else next(iter(entries))
     if source not in entries:
         raise CheckpointError(
@@ -114,43 +114,43 @@ def prepare_recorded(model: nn.Module, recorded: Any, state: Mapping[str, Tensor
             f"{', '.join(map(repr, entries)) or 'none'}. Give the new one that name."
         )
     _check_mapping(state)
-    with no_larger_than(model, state.values()):
+    with limit_allocation(model, state.values()):
         injection = plan_injection(model, entries[source], name)
-    check_base(model, recorded.get("base"), injection.saved)
+    check_base(model, metadata.get("base"), injection.fully_trained)
     own = re.compile(rf"(^|\.){CHILD}\.{re.escape(source)}(?=[.:])")
     found = {own.sub(rf"\1{CHILD}.{OWN_NAME}", key): value for key, value in state.items() if own.search(key)}
     load_own(injection.placements, found)
     return injection
 
 
-def recorded_methods(recorded: Any) -> dict[tuple[str, str], Method]:
+def methods_in(metadata: Any) -> dict[tuple[str, str], Method]:
     """The methods that a record describes, by the path and the name of their adapters.
 
     Raises:
         CheckpointError: the record is damaged, or of a newer version.
         ConfigError: it names an unknown method, or a field has a value it cannot have.
     """
-    if not isinstance(recorded, Mapping) or type(recorded.get("version")) is not int or recorded["version"] < 1:
+    if not isinstance(metadata, Mapping) or type(metadata.get("version")) is not int or metadata["version"] < 1:
         raise CheckpointError(
-            f"The '{RECORD}' record of this file is damaged: {type(recorded).__name__} without a version."
+            f"The '{METADATA_KEY}' record of this file is damaged: {type(metadata).__name__} without a version."
         )
-    if recorded["version"] > VERSION:
+    if metadata["version"] > METADATA_VERSION:
         raise CheckpointError(
-            f"The file was written by a newer lightning_peft (record version {recorded['version']}; this one reads up "
-            f"to {VERSION}). Upgrade lightning_peft."
+            f"The file was written by a newer lightning_peft (record version {metadata['version']}; this one reads up "
+            f"to {METADATA_VERSION}). Upgrade lightning_peft."
         )
     try:
-        entries = [(entry["path"], entry["name"], entry["method"]) for entry in recorded["adapters"].values()]
+        entries = [(entry["path"], entry["name"], entry["method"]) for entry in metadata["adapters"].values()]
     except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The '{RECORD}' record of this file is damaged ({error!r}).") from error
+        raise CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged ({error!r}).") from error
     for path, name, _ in entries:
         if not isinstance(path, str) or not isinstance(name, str):
-            raise CheckpointError(f"The '{RECORD}' record of this file is damaged: adapter {name!r} on {path!r}.")
+            raise CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged: adapter {name!r} on {path!r}.")
     return {(path, name): Method.from_config(method) for path, name, method in entries}
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether anything was injected on ``model`` itself or below."""
+    """True if anything was injected on ``model`` itself or below."""
     return registry_of(model) is not None or any(True for _ in registries(model))
 
 

@@ -18,15 +18,15 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.checkpoints import files
-from lightning_peft.checkpoints.guard import told_as_damage
+from lightning_peft.checkpoints.guard import as_checkpoint_error
 from lightning_peft.core.method import Method
 from lightning_peft.core.peft_form import CONFIG
 from lightning_peft.errors import CheckpointError
 
 TENSORS = "adapter_model.safetensors"
-RECORD = "lightning_peft.json"
+MANIFEST = "lightning_peft.json"
 TRAINED = "lightning_peft.safetensors"
-VERSION = 1
+MANIFEST_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Directory:
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    record: Mapping[str, Any] | None
+    manifest: Mapping[str, Any] | None
     """What ``lightning_peft.json`` says; None for a directory of the peft package."""
     method: Method | None
     """The method of the record."""
@@ -46,7 +46,7 @@ class Directory:
     """Bytes of the files together."""
 
 
-@told_as_damage()
+@as_checkpoint_error()
 def read_directory(path: str | Path) -> Directory:
     """Read an adapter directory; no pickled code is run.
 
@@ -55,19 +55,19 @@ def read_directory(path: str | Path) -> Directory:
         ConfigError: the method is unknown, or a field of it has a value it cannot have.
     """
     path = Path(path)
-    contents = {name: files.read(path / name) for name in (CONFIG, TENSORS, RECORD) if (path / name).is_file()}
+    contents = {name: files.read(path / name) for name in (CONFIG, TENSORS, MANIFEST) if (path / name).is_file()}
     if CONFIG not in contents:
         raise CheckpointError(_no_adapter(path))
-    record, method, trained = None, None, None
+    manifest, method, trained = None, None, None
     size = sum(map(len, contents.values()))
-    if RECORD in contents:
-        record = files.from_json(contents.pop(RECORD), path / RECORD)
-        _check_version(path, record)
-        named = files.sealed_names(record, path / RECORD)
+    if MANIFEST in contents:
+        manifest = files.from_json(contents.pop(MANIFEST), path / MANIFEST)
+        _check_version(path, manifest)
+        named = files.checksummed_files(manifest, path / MANIFEST)
         contents |= {name: files.read(path / name) for name in (CONFIG, TENSORS, TRAINED) if name in named}
-        _check_seals(path, record, contents)
-        _check_record(path, record)
-        method = Method.from_config(record.get("method"))
+        _check_seals(path, manifest, contents)
+        _check_manifest(path, manifest)
+        method = Method.from_config(manifest.get("method"))
     if TENSORS not in contents:
         raise CheckpointError(
             f"{path} has no {TENSORS}, but an adapter_model.bin: a pickle, which is never loaded. Let peft load the "
@@ -80,7 +80,7 @@ def read_directory(path: str | Path) -> Directory:
     if TRAINED in contents:
         trained, size = files.from_safetensors(contents[TRAINED], path / TRAINED), size + len(contents[TRAINED])
     return Directory(
-        path=path, config=config, tensors=tensors, record=record, method=method, trained=trained, size=size
+        path=path, config=config, tensors=tensors, manifest=manifest, method=method, trained=trained, size=size
     )
 
 
@@ -88,7 +88,7 @@ def write_directory(
     path: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    record: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     trained: Mapping[str, Tensor] | None,
 ) -> None:
     """Write an adapter directory; the fields are those of :class:`Directory`.
@@ -99,23 +99,23 @@ def write_directory(
     contents = {CONFIG: files.to_json(config), TENSORS: files.to_safetensors(tensors)}
     if trained is not None:
         contents[TRAINED] = files.to_safetensors(trained)
-    record = files.sealed({"version": VERSION, **record}, contents)
+    manifest = files.with_checksums({"version": MANIFEST_VERSION, **manifest}, contents)
     # The record goes first: until every file is the one that it speaks of, the directory is refused.
-    files.replace_all(path, {RECORD: files.to_json(record, indent=None), **contents}, stale=(TRAINED,))
+    files.replace_all(path, {MANIFEST: files.to_json(manifest, indent=None), **contents}, stale=(TRAINED,))
 
 
-def _check_version(path: Path, record: Mapping[str, Any]) -> None:
-    version = record.get("version")
+def _check_version(path: Path, manifest: Mapping[str, Any]) -> None:
+    version = manifest.get("version")
     if type(version) is not int or version < 1:
-        raise CheckpointError(f"{path / RECORD} is damaged: its version is {version!r}.")
-    if version > VERSION:
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its version is {version!r}.")
+    if version > MANIFEST_VERSION:
         raise CheckpointError(
-            f"{path} was written by a newer lightning_peft (version {version}; this one reads up to {VERSION}). "
-            "Upgrade lightning_peft."
+            f"{path} was written by a newer lightning_peft (version {version}; this one reads up to "
+            f"{MANIFEST_VERSION}). Upgrade lightning_peft."
         )
 
 
-def _check_record(path: Path, record: Mapping[str, Any]) -> None:
+def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     kinds: dict[str, type] = {
         "in_transformers_model": bool,
         "in_peft_format": bool,
@@ -124,21 +124,21 @@ def _check_record(path: Path, record: Mapping[str, Any]) -> None:
         "base": dict,
     }
     for field, kind in kinds.items():
-        value = record.get(field)
+        value = manifest.get(field)
         strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if type(value) is not kind or (kind is list and not strings):
-            raise CheckpointError(f"{path / RECORD} is damaged: its {field} is {value!r}.")
+            raise CheckpointError(f"{path / MANIFEST} is damaged: its {field} is {value!r}.")
 
 
-def _check_seals(path: Path, record: Mapping[str, Any], contents: Mapping[str, bytes]) -> None:
-    broken = files.broken_seals(record, contents)
+def _check_seals(path: Path, manifest: Mapping[str, Any], contents: Mapping[str, bytes]) -> None:
+    broken = files.changed_files(manifest, contents)
     if not broken:
         return
-    peft = record.get("in_peft_format") is True and "" not in broken
+    peft = manifest.get("in_peft_format") is True and "" not in broken
     raise CheckpointError(
-        f"{path / (broken[0] or RECORD)} is not the file that was written with this adapter: it was edited, is "
+        f"{path / (broken[0] or MANIFEST)} is not the file that was written with this adapter: it was edited, is "
         "damaged, or its writing was broken off. "
-        + (f"If you mean the edit, delete {RECORD}: then this is read as a directory of peft." if peft else "")
+        + (f"If you mean the edit, delete {MANIFEST}: then this is read as a directory of peft." if peft else "")
         + ("" if peft else "Take the files from where they came from once more.")
     )
 

@@ -116,14 +116,14 @@ def replace_all(folder: Path, contents: Mapping[str, bytes], stale: Iterable[str
             left.unlink(missing_ok=True)
 
 
-def sealed(record: Mapping[str, Any], contents: Mapping[str, bytes]) -> dict[str, Any]:
+def with_checksums(record: Mapping[str, Any], contents: Mapping[str, bytes]) -> dict[str, Any]:
     """``record`` with checksums of itself and of ``contents``, by file name."""
     open_record = {key: value for key, value in record.items() if key != _SEAL}
     sums = {name: _sum(name, data) for name, data in contents.items()}
     return {**open_record, _SEAL: {**sums, _ITSELF: checksum(open_record)}}
 
 
-def sealed_names(record: Mapping[str, Any], path: Path) -> list[str]:
+def checksummed_files(record: Mapping[str, Any], path: Path) -> list[str]:
     """The files whose checksums a record has.
 
     Raises:
@@ -135,9 +135,9 @@ def sealed_names(record: Mapping[str, Any], path: Path) -> list[str]:
     return [name for name in sums if name != _ITSELF]
 
 
-def broken_seals(record: Mapping[str, Any], contents: Mapping[str, bytes]) -> list[str]:
+def changed_files(record: Mapping[str, Any], contents: Mapping[str, bytes]) -> list[str]:
     """The files that are not the ones a record was made with; the record itself is ``""``."""
-    sums, now = record[_SEAL], sealed(record, contents)[_SEAL]
+    sums, now = record[_SEAL], with_checksums(record, contents)[_SEAL]
     return ["" if name == _ITSELF else name for name in {**sums, **now} if sums.get(name) != now.get(name)]
 
 

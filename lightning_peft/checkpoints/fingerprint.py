@@ -9,38 +9,38 @@ from torch import Tensor, nn
 
 from lightning_peft.errors import BaseMismatchError, CheckpointError, did_you_mean
 from lightning_peft.injection.registry import registries
-from lightning_peft.network.quantized.weights import Quantised, is_quantised, perhaps_rounded, quantised_weights
+from lightning_peft.network.quantized.weights import Quantized, is_quantized, perhaps_rounded, quantized_weights
 from lightning_peft.network.walk import below, join, plain_name, within
 
 SAMPLES = 8
 """Values that are kept of each tensor."""
-Base = dict[str, Tensor | Quantised]
+Base = dict[str, Tensor | Quantized]
 
 
-def base_tensors(model: nn.Module, part: str = "", saved: Sequence[str] | None = None) -> "Base":
+def fingerprint_tensors(model: nn.Module, part: str = "", fully_trained: Sequence[str] | None = None) -> "Base":
     """The base's state by plain names: no adapters, and not the modules whose trained copies travel with an adapter.
 
     Those (a new task head, say) may be initialised differently each time, and their own values are never read. A
-    quantised weight is one entry, without what its module keeps beside it.
+    quantized weight is one entry, without what its module keeps beside it.
 
     Args:
         model: the network, with or without adapters.
         part: path of the part that is meant; the names are seen from there.
-        saved: paths in the part of the modules that are left out; None for those of every adapter of ``model``.
+        fully_trained: paths in the part of the modules that are left out; None for those of every adapter of ``model``.
     """
     left_out: set[str] = set()
     tops: list[str] = []
     for prefix, _, registry in registries(model):
         left_out.update(join(prefix, key) for key in registry.own_keys())
-        tops += [plain_name(join(prefix, path)) for a in registry.attachments.values() for path in a.saved]
-    weights: dict[str, Quantised] = {}
-    for path, module, name, weight in quantised_weights(model):
-        biases = {other: p for other, p in module._parameters.items() if p is not None and not is_quantised(p)}
+        tops += [plain_name(join(prefix, path)) for a in registry.attachments.values() for path in a.fully_trained]
+    weights: dict[str, Quantized] = {}
+    for path, module, name, weight in quantized_weights(model):
+        biases = {other: p for other, p in module._parameters.items() if p is not None and not is_quantized(p)}
         weights |= {join(path, other): perhaps_rounded(p) for other, p in biases.items()}
         weights[join(path, name)] = weight
         left_out.update(join(path, key) for key in weight.beside)
-    if saved is not None:
-        tops = [join(part, path) for path in saved]
+    if fully_trained is not None:
+        tops = [join(part, path) for path in fully_trained]
     state = {
         plain_name(key): weights.get(key, tensor)
         for key, tensor in model.state_dict(keep_vars=True).items()
@@ -49,53 +49,54 @@ def base_tensors(model: nn.Module, part: str = "", saved: Sequence[str] | None =
     return {
         below(key, part): tensor
         for key, tensor in state.items()
-        if isinstance(tensor, (Tensor, Quantised)) and within(key, [part]) and not within(key, tops)
+        if isinstance(tensor, (Tensor, Quantized)) and within(key, [part]) and not within(key, tops)
     }
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, part: str = "", saved: Sequence[str] | None = None) -> dict[str, Any]:
+def fingerprint(model: nn.Module, part: str = "", fully_trained: Sequence[str] | None = None) -> dict[str, Any]:
     """Describe the base of ``model`` by ``names``, ``shapes``, ``dtypes`` and ``samples`` (names, 8), in fp64.
 
-    Of a base with quantised weights also by ``errors``: how far the samples may lie from those of the unquantised base,
-    None for weights that are not quantised.
+    Of a base with quantized weights also by ``errors``: how far the samples may lie from those of the unquantized base,
+    None for weights that are not quantized.
 
-    The arguments are those of :func:`base_tensors`.
+    The arguments are those of :func:`fingerprint_tensors`.
     """
-    tensors = base_tensors(model, part, saved)
-    seen = [_look(tensor) for tensor in tensors.values()]
-    errors = {} if all(look.error is None for look in seen) else {"errors": [look.error for look in seen]}
+    tensors = fingerprint_tensors(model, part, fully_trained)
+    samples = [_sample_of(tensor) for tensor in tensors.values()]
+    errors = {} if all(s.error is None for s in samples) else {"errors": [s.error for s in samples]}
+    values = [s.values for s in samples]
     return {
         "names": list(tensors),
         "shapes": [list(tensor.shape) for tensor in tensors.values()],
-        "dtypes": [look.dtype for look in seen],
-        "samples": torch.stack([look.values for look in seen])
-        if seen
-        else torch.zeros(0, SAMPLES, dtype=torch.float64),
+        "dtypes": [s.dtype for s in samples],
+        "samples": torch.stack(values) if values else torch.zeros(0, SAMPLES, dtype=torch.float64),
         **errors,
     }
 
 
-def check_base(model: nn.Module, recorded: Any, saved: tuple[str, ...] = ()) -> None:
+def check_base(model: nn.Module, recorded: Any, fully_trained: tuple[str, ...] = ()) -> None:
     """Compare the base of ``model`` with a recorded fingerprint.
 
-    Another dtype or a quantised copy of the same weights passes.
+    Another dtype or a quantized copy of the same weights passes.
 
     Args:
         model: the model that an adapter is about to be loaded into.
         recorded: what :func:`fingerprint` gave when the adapter was saved.
-        saved: paths of the modules that travel with the adapter, when it is not attached yet.
+        fully_trained: paths of the modules that travel with the adapter, when it is not attached yet.
 
     Raises:
         BaseMismatchError: names the first tensor that differs.
         CheckpointError: ``recorded`` is not a fingerprint.
     """
-    tops = [plain_name(path) for path in saved]
-    compare({key: tensor for key, tensor in base_tensors(model).items() if not within(key, tops)}, recorded, model)
+    tops = [plain_name(path) for path in fully_trained]
+    compare(
+        {key: tensor for key, tensor in fingerprint_tensors(model).items() if not within(key, tops)}, recorded, model
+    )
 
 
-def compare(here: Mapping[str, Tensor | Quantised], recorded: Any, model: nn.Module) -> None:
-    """Compare the base ``here``, :func:`base_tensors` of ``model``, with a recorded fingerprint.
+def compare(here: Mapping[str, Tensor | Quantized], recorded: Any, model: nn.Module) -> None:
+    """Compare the base ``here``, :func:`fingerprint_tensors` of ``model``, with a recorded fingerprint.
 
     Raises:
         BaseMismatchError: names the first tensor that differs.
@@ -111,7 +112,7 @@ def compare(here: Mapping[str, Tensor | Quantised], recorded: Any, model: nn.Mod
                 f"{type(model).__name__} does not have.{did_you_mean(str(name), here)} {remedy}"
             )
         tensor = here[name]
-        turned = (error is not None or isinstance(tensor, Quantised)) and len(shape) == len(tensor.shape) == 2
+        turned = (error is not None or isinstance(tensor, Quantized)) and len(shape) == len(tensor.shape) == 2
         if list(tensor.shape) != shape and not (turned and list(tensor.shape) == shape[::-1]):
             raise BaseMismatchError(
                 f"The adapter belongs to another base: '{name}' has shape {list(tensor.shape)} here and {shape} "
@@ -119,13 +120,15 @@ def compare(here: Mapping[str, Tensor | Quantised], recorded: Any, model: nn.Mod
             )
         if isinstance(tensor, Tensor) and tensor.is_meta:
             continue
-        look = _look(tensor)
-        # Packages that quantise the (in, out) weight of a Conv1D keep it as (out, in).
-        if not look.fits(sample, dtype, error) and not (turned and _look(tensor, turn=True).fits(sample, dtype, error)):
+        seen = _sample_of(tensor)
+        # Packages that quantize the (in, out) weight of a Conv1D keep it as (out, in).
+        if not seen.fits(sample, dtype, error) and not (
+            turned and _sample_of(tensor, turn=True).fits(sample, dtype, error)
+        ):
             raise BaseMismatchError(
                 f"The adapter belongs to another base: the weights of '{name}' differ from those it was trained beside "
-                f"(sampled {_short(look.values)} here, {_short(sample)} there). {remedy} If it is a new layer "
-                "that starts at random, it has to be trained whole (modules_to_save)."
+                f"(sampled {_short(seen.values)} here, {_short(sample)} there). {remedy} If it is a new layer "
+                "that starts at random, it has to be fully trained (modules_to_save)."
             )
     if extra := [name for name in here if name not in names]:
         raise BaseMismatchError(
@@ -160,40 +163,40 @@ def check_own_base(state: Mapping[str, Any], recorded: Any) -> None:
     for name, _, dtype, sample, error in _rows(recorded):
         there = state.get(name)
         if not isinstance(there, Tensor) or there.is_meta or error is not None:
-            continue  # whether it has to be there depends on the model; quantised it is not the same tensor
-        look = _look(there)
-        if look.dtype != dtype or not torch.allclose(look.values, sample, rtol=1e-6, atol=0, equal_nan=True):
+            continue  # whether it has to be there depends on the model; quantized it is not the same tensor
+        seen = _sample_of(there)
+        if seen.dtype != dtype or not torch.allclose(seen.values, sample, rtol=1e-6, atol=0, equal_nan=True):
             raise CheckpointError(
-                f"'{name}' is {look.dtype} {_short(look.values)} in the file, whose own record says {dtype} "
+                f"'{name}' is {seen.dtype} {_short(seen.values)} in the file, whose own record says {dtype} "
                 f"{_short(sample)}: it was changed after it was saved."
             )
 
 
 @dataclass(frozen=True)
-class _Look:
+class TensorSample:
     """What a tensor of the base is recognised by."""
 
     values: Tensor
     """Eight values at evenly spread positions, in fp64 on the CPU."""
     dtype: str
     error: float | None
-    """How far they may lie from those of the unquantised weight; None where it is not quantised."""
+    """How far they may lie from those of the unquantized weight; None where it is not quantized."""
     precision: torch.dtype
 
     def fits(self, values: Tensor, dtype: Any, error: float | None) -> bool:
-        """Whether this is what was recorded, but for what rounding and quantising may have changed."""
+        """True if this is what was recorded, but for what rounding and quantizing may have changed."""
         apart = _tolerance(self.precision, dtype, values) + (self.error or 0.0) + (error or 0.0)
         return torch.allclose(self.values, values, rtol=0, atol=apart, equal_nan=True)
 
 
-def _look(weight: Tensor | Quantised, turn: bool = False) -> _Look:
+def _sample_of(weight: Tensor | Quantized, turn: bool = False) -> TensorSample:
     """Look at a weight, or at its transpose (``turn``)."""
     if isinstance(weight, Tensor):
         own = weight.detach()
-        return _Look(_sample(own.T if turn else own), str(own.dtype).removeprefix("torch."), None, own.dtype)
-    values, error = weight.dequantise(), weight.error().expand(weight.shape)
+        return TensorSample(_sample(own.T if turn else own), str(own.dtype).removeprefix("torch."), None, own.dtype)
+    values, error = weight.dequantize(), weight.error().expand(weight.shape)
     samples = (_sample(tensor.T if turn else tensor) for tensor in (values, error))
-    return _Look(next(samples), weight.scheme, float(next(samples).max()), values.dtype)
+    return TensorSample(next(samples), weight.scheme, float(next(samples).max()), values.dtype)
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def check_bounds(value: dict[Any, Any]) -> None:
 
 
 @contextmanager
-def no_larger_than(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]:
+def limit_allocation(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]:
     """Refuse, in the ``with`` block, to create adapters that are larger than those of a file.
 
     What a file says of its adapters need not be true of the tensors in it, and a rank of 10**9 would fill any memory
@@ -74,7 +74,7 @@ def no_larger_than(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def told_as_damage() -> Iterator[None]:
+def as_checkpoint_error() -> Iterator[None]:
     """Say of whatever else goes wrong with what a file holds what it means to a user.
 
     What a file can hold is without end; what is checked by itself is what deserves words of its own.

@@ -29,14 +29,14 @@ class AdapterSummary:
     places: tuple[str, ...]
     """Paths of the adapted modules; of a directory of the peft package, what its config names."""
     modules_to_save: tuple[str, ...]
-    """Paths of the modules that were trained whole, or what the config names."""
+    """Paths of the modules that were fully trained, or what the config names."""
     tensors: int
     parameters: int
     """Numbers in the tensors, those that only peft needs left out."""
     size: int
     """Bytes of all files together."""
     written_here: bool
-    """Whether this library wrote it, so that its base is known and every file has been checked."""
+    """True if this library wrote it, so that its base is known and every file has been checked."""
     base_tensors: int | None
     """How many tensors the base has; None where nothing is known of it."""
     base_parameters: int | None
@@ -45,7 +45,7 @@ class AdapterSummary:
 
     @property
     def fits(self) -> bool | None:
-        """Whether it can be loaded into the given model; None where none was given."""
+        """True if it can be loaded into the given model; None where none was given."""
         return None if self.misfit is None else not self.misfit
 
     def __rich__(self) -> Table:
@@ -57,7 +57,7 @@ class AdapterSummary:
             "Method": self.method,
             "Settings": ", ".join(f"{key}={value!r}" for key, value in self.config.items() if _told(key, value)),
             "Places": _several(self.places),
-            "Trained whole": _several(self.modules_to_save),
+            "Fully trained": _several(self.modules_to_save),
             "Tensors": f"{self.tensors} ({self.parameters:,} numbers), {self.size:,} bytes in all",
             "Written by": "lightning_peft, checksums hold" if self.written_here else "peft",
             "Base": known,
@@ -81,25 +81,25 @@ def inspect_adapter(path: str | Path, model: nn.Module | None = None) -> Adapter
         CheckpointError: there is none, it is damaged, or it was edited after it had been written.
     """
     directory = read_directory(path)
-    record, tensors = directory.record, directory.tensors
+    manifest, tensors = directory.manifest, directory.tensors
     if directory.trained is not None:  # of peft's file, what was computed for it does not count
         tensors = {**{key: t for key, t in tensors.items() if key != PROMPT}, **directory.trained}
     config = dict(directory.config) if directory.method is None else directory.method.to_config()
-    shapes = record["base"]["shapes"] if record else None
+    shapes = manifest["base"]["shapes"] if manifest else None
     return AdapterSummary(
         path=str(path),
         method=str(config.pop("peft_type", None) if directory.method is None else config.pop("method")),
         config=config,
         places=tuple(
-            dict.fromkeys(place.partition(":")[0] for place in record["places"])
-            if record
+            dict.fromkeys(place.partition(":")[0] for place in manifest["places"])
+            if manifest
             else sorted(listed(config, "target_modules"))
         ),
-        modules_to_save=tuple(record["modules_to_save"] if record else listed(config, "modules_to_save")),
+        modules_to_save=tuple(manifest["modules_to_save"] if manifest else listed(config, "modules_to_save")),
         tensors=len(tensors),
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         size=directory.size,
-        written_here=record is not None,
+        written_here=manifest is not None,
         base_tensors=None if shapes is None else len(shapes),
         base_parameters=None if shapes is None else sum(torch.Size(shape).numel() for shape in shapes),
         misfit=None if model is None else _misfit(model, directory),
@@ -119,7 +119,7 @@ def _misfit(model: nn.Module, directory: Directory) -> str:
 
 
 def _told(name: str, value: object) -> bool:
-    """Whether a setting says something that the other rows of the table do not."""
+    """True if a setting says something that the other rows of the table do not."""
     return value not in (None, False, [], {}) and name not in ("target_modules", "modules_to_save")
 
 

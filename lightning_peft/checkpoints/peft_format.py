@@ -1,7 +1,7 @@
 """An adapter as a directory of the peft package: what every method has in common there.
 
 What is peculiar to a method is in its own file (``to_peft`` and ``from_peft``). Here are the key prefixes, the modules
-that are trained whole, the task, and what peft does to a model without being told.
+that are fully trained, the task, and what peft does to a model without being told.
 """
 
 import re
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoints.tensor_checks import check_tensor
-from lightning_peft.components.tuned import SavedParameters
+from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement, registered_methods
-from lightning_peft.core.peft_form import CONFIG, PROMPT, PeftFile, PeftForm, PeftTensor, listed
+from lightning_peft.core.peft_form import CONFIG, PROMPT, PeftFile, PeftState, PeftTensor, listed
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
 from lightning_peft.network.walk import base_modules, join, within
 
@@ -33,39 +33,41 @@ _HEADS = {
 }
 
 
-def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
-    """How peft has an adapter, those of its modules that are trained whole included; None where it cannot.
+def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
+    """How peft has an adapter, those of its modules that are fully trained included; None where it cannot.
 
     Args:
         method: the adapter's.
         placements: all of its adapters, at their places in ``model``.
         model: the network that peft would wrap.
     """
-    own = [placement for placement in placements if not isinstance(placement.adapter, SavedParameters)]
+    own = [placement for placement in placements if not isinstance(placement.adapter, FullyTrainedParameters)]
     form = method.to_peft(own, model) if own else None
     if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
         return None
-    saved = {
+    fully_trained = {
         join(placement.path, name): PeftTensor((copy,), trained=isinstance(copy, nn.Parameter))
         for placement in placements
-        if isinstance(placement.adapter, SavedParameters)
+        if isinstance(placement.adapter, FullyTrainedParameters)
         for name, copy in placement.adapter.copies().items()
     }
-    return replace(form, tensors={**form.tensors, **saved})
+    return replace(form, tensors={**form.tensors, **fully_trained})
 
 
-def to_files(form: PeftForm, saved: Sequence[str], model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def to_files(
+    form: PeftState, fully_trained: Sequence[str], model: nn.Module
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of a PEFT directory.
 
     Args:
         form: from :func:`form_of`.
-        saved: paths of the modules that are trained whole.
+        fully_trained: paths of the modules that are fully trained.
         model: the network that peft would wrap.
     """
     prefix, prompt = _prefix(form.tensors), PROMPT in form.tensors
     tensors = {key if key == PROMPT else prefix + key: tensor.value() for key, tensor in form.tensors.items()}
-    task, names = _task(model, prompt), sorted(saved)
-    beside = _beside(saved, (*names, *_HEADS.get(task or "", ())), model)
+    task, names = _task(model, prompt), sorted(fully_trained)
+    beside = _beside(fully_trained, (*names, *_HEADS.get(task or "", ())), model)
     if any(within(key, beside) for key in form.tensors):  # peft would train whole what carries an adapter
         task, names = "FEATURE_EXTRACTION" if prompt else None, [prefix + path for path in names]
         beside = []
@@ -85,7 +87,7 @@ def to_files(form: PeftForm, saved: Sequence[str], model: nn.Module) -> tuple[di
 def from_files(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
 ) -> tuple[Method, dict[str, Tensor]]:
-    """The method that a PEFT directory describes, and its tensors by the keys of :class:`PeftForm`.
+    """The method that a PEFT directory describes, and its tensors by the keys of :class:`PeftState`.
 
     Raises:
         AdapterKeyError: a key is none of peft's.
@@ -125,7 +127,7 @@ def _reader(kind: str, config: Mapping[str, Any]) -> type[Method]:
 
 
 def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a PEFT directory by the keys of :class:`PeftForm`.
+    """The tensors of a PEFT directory by the keys of :class:`PeftState`.
 
     Raises:
         AdapterKeyError: a key is none of peft's.
@@ -136,7 +138,7 @@ def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
 
 
-def fill(form: PeftForm, tensors: Mapping[str, Tensor], model: nn.Module, exact: bool = True) -> None:
+def fill(form: PeftState, tensors: Mapping[str, Tensor], model: nn.Module, exact: bool = True) -> None:
     """Put the tensors of a PEFT directory into the adapters of ``form``.
 
     Args:
@@ -183,12 +185,14 @@ def wrapped(names: Iterable[str], model: nn.Module) -> list[str]:
     return [path for path in found if not any(path != other and within(path, [other]) for other in found)]
 
 
-def _beside(saved: Sequence[str], names: Sequence[str], model: nn.Module) -> list[str]:
-    """Modules that peft takes along beside those ``saved``, and whose values it then wants."""
-    return [path for path in wrapped(names, model) if not within(path, saved)]
+def _beside(fully_trained: Sequence[str], names: Sequence[str], model: nn.Module) -> list[str]:
+    """Modules that peft takes along beside those ``fully_trained``, and whose values it then wants."""
+    return [path for path in wrapped(names, model) if not within(path, fully_trained)]
 
 
-def _check_targets(config: Mapping[str, Any], keys: Iterable[str], saved: Sequence[str], model: nn.Module) -> None:
+def _check_targets(
+    config: Mapping[str, Any], keys: Iterable[str], fully_trained: Sequence[str], model: nn.Module
+) -> None:
     """Raise where the config means a layer that the file has nothing for, as on a base with more layers.
 
     Raises:
@@ -209,7 +213,7 @@ def _check_targets(config: Mapping[str, Any], keys: Iterable[str], saved: Sequen
     except re.error as error:
         raise CheckpointError(f"{CONFIG}: a pattern is no regular expression ({error}).") from error
     with_tensors = {path for path in meant if any(within(key, [path]) for key in keys)}
-    if lacking := sorted(path for path in meant - with_tensors if not within(path, saved)):
+    if lacking := sorted(path for path in meant - with_tensors if not within(path, fully_trained)):
         raise BaseMismatchError(
             f"{CONFIG}: target_modules means '{lacking[0]}' too, and the file has no tensors for it. The adapter was "
             "trained on another base, with fewer layers, or is incomplete."
@@ -260,7 +264,7 @@ def _state(path: str, module: nn.Module) -> dict[str, Tensor]:
 
 
 def _equal(own: Tensor, other: Tensor) -> bool:
-    """Whether both are the same numbers but for rounding to the coarser of their dtypes."""
+    """True if both are the same numbers but for rounding to the coarser of their dtypes."""
     if own.shape != other.shape or own.is_floating_point() != other.is_floating_point():
         return False
     if not own.is_floating_point():

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.checkpoints.directory import RECORD, Directory, read_directory, write_directory
-from lightning_peft.checkpoints.fingerprint import SAMPLES, base_tensors, compare, fingerprint
-from lightning_peft.checkpoints.guard import no_larger_than, told_as_damage
+from lightning_peft.checkpoints.directory import MANIFEST, Directory, read_directory, write_directory
+from lightning_peft.checkpoints.fingerprint import SAMPLES, compare, fingerprint, fingerprint_tensors
+from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
 from lightning_peft.checkpoints.peft_format import fill, form_of, from_files, strip, to_files
 from lightning_peft.checkpoints.tensor_checks import check_tensor
-from lightning_peft.components.tuned import SavedParameters
+from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterKeyError, CheckpointError, TargetError, did_you_mean
 from lightning_peft.injection.inject import Injection, attach, plan_injection
@@ -47,12 +47,12 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     _, owner, registry = find_adapter(model, name)
     attachment = registry.attachments[name]
     placements = [Placement(place, adapter, part) for place, part, adapter in registry.parts(name)]
-    whole = [plain_name(place) for place in attachment.saved]
+    whole = [plain_name(place) for place in attachment.fully_trained]
     found = _sole_network(owner)
     inward = found is not None and all(within(place, [found[0]]) for place in [*(p.path for p in placements), *whole])
     root, network = found if found and inward else ("", owner)
     placements = _seen_from(root, placements)
-    saved = [_cut(place, root) for place in whole]
+    fully_trained = [_cut(place, root) for place in whole]
     form = form_of(attachment.method, placements, network)
     trained: dict[str, Tensor] | None = None
     if form is None:
@@ -60,19 +60,19 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         # A type that peft does not know, so that it refuses the directory.
         config: dict[str, Any] = {"peft_type": f"lightning_peft.{type(attachment.method).__name__}"}
     else:
-        config, tensors = to_files(form, saved, network)
+        config, tensors = to_files(form, fully_trained, network)
         if not form.exact:
             trained = {key: tensor.detach().cpu().clone() for key, tensor in _own(_without_saved(placements)).items()}
-    base = fingerprint(owner, root, saved)
-    record = {
+    base = fingerprint(owner, root, fully_trained)
+    manifest = {
         "method": attachment.method.to_config(),
         "in_transformers_model": inward,
         "in_peft_format": form is not None,
         "places": _places(placements),
-        "modules_to_save": saved,
+        "modules_to_save": fully_trained,
         "base": {**base, "samples": _samples(base)},
     }
-    write_directory(Path(path), config, tensors, record, trained)
+    write_directory(Path(path), config, tensors, manifest, trained)
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> Report:
@@ -105,19 +105,19 @@ def prepare(model: nn.Module, directory: Directory, name: str) -> Injection:
     Raises:
         PEFTError: see :func:`load_adapter`.
     """
-    with told_as_damage():
-        if directory.record is None:
+    with as_checkpoint_error():
+        if directory.manifest is None:
             return _from_peft(model, directory, name)
-        return _from_record(model, directory, directory.record, name)
+        return _from_manifest(model, directory, directory.manifest, name)
 
 
 @torch.no_grad()
 def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
     if str(directory.config.get("peft_type")).startswith("lightning_peft."):
-        raise CheckpointError(f"{directory.path} has no {RECORD}, without which this method cannot be read.")
+        raise CheckpointError(f"{directory.path} has no {MANIFEST}, without which this method cannot be read.")
     root, network = _sole_network(model) or ("", model)
     method, tensors = from_files(directory.config, directory.tensors, network)
-    with no_larger_than(model, directory.tensors.values()):
+    with limit_allocation(model, directory.tensors.values()):
         injection = plan_injection(model, method, name)
     form = form_of(method, _seen_from(root, injection.placements), network)
     if form is None:
@@ -131,8 +131,8 @@ def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
 
 
 @torch.no_grad()
-def _from_record(model: nn.Module, directory: Directory, record: Mapping[str, Any], name: str) -> Injection:
-    found = _sole_network(model) if record["in_transformers_model"] else ("", model)
+def _from_manifest(model: nn.Module, directory: Directory, manifest: Mapping[str, Any], name: str) -> Injection:
+    found = _sole_network(model) if manifest["in_transformers_model"] else ("", model)
     if found is None:
         raise CheckpointError(
             f"The adapter in {directory.path} belongs on a transformers model, and {type(model).__name__} does not "
@@ -140,14 +140,14 @@ def _from_record(model: nn.Module, directory: Directory, record: Mapping[str, An
         )
     (root, network), method = found, directory.method
     assert method is not None
-    saved = record["modules_to_save"]
-    compare(base_tensors(model, root, saved), _fingerprint(directory.path, record["base"]), model)
-    with no_larger_than(model, [*directory.tensors.values(), *(directory.trained or {}).values()]):
-        injection = _placed_alike(model, found, directory, record, method, name)
+    fully_trained = manifest["modules_to_save"]
+    compare(fingerprint_tensors(model, root, fully_trained), _fingerprint(directory.path, manifest["base"]), model)
+    with limit_allocation(model, [*directory.tensors.values(), *(directory.trained or {}).values()]):
+        injection = _placed_alike(model, found, directory, manifest, method, name)
     placements = _seen_from(root, injection.placements)
-    form = form_of(method, placements, network) if record["in_peft_format"] else None
-    if (form is not None) != record["in_peft_format"]:
-        raise CheckpointError(f"{directory.path / RECORD} says that peft has this adapter, and it has not.")
+    form = form_of(method, placements, network) if manifest["in_peft_format"] else None
+    if (form is not None) != manifest["in_peft_format"]:
+        raise CheckpointError(f"{directory.path / MANIFEST} says that peft has this adapter, and it has not.")
     if form is None:
         load_own(placements, directory.tensors)
         return injection
@@ -157,7 +157,7 @@ def _from_record(model: nn.Module, directory: Directory, record: Mapping[str, An
         return injection
     load_own(_without_saved(placements), directory.trained or {})
     # Of peft's file, what was computed is left.
-    saved_part = replace(form, tensors={k: t for k, t in form.tensors.items() if within(k, saved)})
+    saved_part = replace(form, tensors={k: t for k, t in form.tensors.items() if within(k, fully_trained)})
     fill(saved_part, {k: t for k, t in tensors.items() if k in saved_part.tensors or k not in form.tensors}, network)
     return injection
 
@@ -166,7 +166,7 @@ def _placed_alike(
     model: nn.Module,
     found: tuple[str, nn.Module],
     directory: Directory,
-    record: Mapping[str, Any],
+    manifest: Mapping[str, Any],
     method: Method,
     name: str,
 ) -> Injection:
@@ -178,24 +178,24 @@ def _placed_alike(
     (root, network), refusal = found, ""
     try:
         injection = plan_injection(model, method, name)
-        if not _unlike(record["places"], _seen_from(root, injection.placements)):
+        if not _unlike(manifest["places"], _seen_from(root, injection.placements)):
             return injection
     except TargetError as error:  # an expression for whole names, in a model where these begin otherwise
         refusal = f" ({error})"
-    if record["in_peft_format"]:
+    if manifest["in_peft_format"]:
         named = from_files(directory.config, directory.tensors, network)[0]
         method = named if type(named) is type(method) else method
     else:
         paths = dict.fromkeys(
-            place.partition(":")[0] for place in record["places"] if not within(place, record["modules_to_save"])
+            place.partition(":")[0] for place in manifest["places"] if not within(place, manifest["modules_to_save"])
         )
         method = method.pointed_at(list(paths))
     if "modules_to_save" in method.field_names():
-        method = replace(method, modules_to_save=record["modules_to_save"] or None)  # type: ignore[type-var]
+        method = replace(method, modules_to_save=manifest["modules_to_save"] or None)  # type: ignore[type-var]
     injection = plan_injection(model, method, name)
-    if other := _unlike(record["places"], _seen_from(root, injection.placements)):
+    if other := _unlike(manifest["places"], _seen_from(root, injection.placements)):
         raise CheckpointError(
-            f"The adapter in {directory.path} has {len(record['places'])} places and its method finds "
+            f"The adapter in {directory.path} has {len(manifest['places'])} places and its method finds "
             f"{len(injection.placements)} in {type(model).__name__}; they differ in '{other}'{refusal}. Load it into a "
             "model like the one it was trained in."
         )
@@ -213,7 +213,7 @@ def _fingerprint(path: Path, base: Mapping[str, Any]) -> dict[str, Any]:
     try:
         samples = torch.tensor(base["samples"], dtype=torch.float64).reshape(-1, SAMPLES)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path / RECORD} is damaged: its record of the base holds no numbers.") from error
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its record of the base holds no numbers.") from error
     return {**base, "samples": samples}
 
 
@@ -250,7 +250,7 @@ def _unlike(recorded: Sequence[str], placements: Sequence[Placement]) -> str:
 
 
 def _without_saved(placements: Sequence[Placement]) -> list[Placement]:
-    return [placement for placement in placements if not isinstance(placement.adapter, SavedParameters)]
+    return [placement for placement in placements if not isinstance(placement.adapter, FullyTrainedParameters)]
 
 
 # Tensors by our own keys: those of the state dict, of an adapter that is called "default" -----------------------------

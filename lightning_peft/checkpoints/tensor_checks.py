@@ -1,4 +1,4 @@
-"""Whether a tensor of a file is fit to become one of an adapter's."""
+"""Checks of a tensor of a file that is to become one of an adapter's."""
 
 from collections.abc import Sequence
 

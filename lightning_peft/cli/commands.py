@@ -7,7 +7,7 @@ import lightning as L
 import rich
 from rich.table import Table
 
-from lightning_peft.checkpoints.ckpt import RECORD, recorded_methods
+from lightning_peft.checkpoints.ckpt import METADATA_KEY, methods_in
 from lightning_peft.checkpoints.inspection import inspect_adapter
 from lightning_peft.checkpoints.save_load import load_adapter, save_adapter
 from lightning_peft.errors import CheckpointError, ConfigError
@@ -70,7 +70,7 @@ class CommandTrainer(L.Trainer):
             model: the module that the checkpoint belongs to.
             ckpt_path: a ``.ckpt`` with an adapter.
             output: a directory for the transformers model (``save_pretrained``), or a ``.ckpt`` for the module.
-            dequantize: make the layers of a quantised model plain, which merging into them takes.
+            dequantize: make the layers of a quantized model plain, which merging into them takes.
             datamodule: not needed.
         """
         networks = [network for _, network in pretrained_models(model)]
@@ -123,10 +123,10 @@ def show_file(path: str) -> None:
         rich.print(inspect_adapter(path))
         return
     checkpoint = read_checkpoint(path)
-    if RECORD not in checkpoint:
+    if METADATA_KEY not in checkpoint:
         raise CheckpointError(f"{path} holds no adapter; it looks like a full checkpoint.")
     table = Table(title=path, title_justify="left", title_style="bold", show_header=False)
-    for (place, name), method in recorded_methods(checkpoint[RECORD]).items():
+    for (place, name), method in methods_in(checkpoint[METADATA_KEY]).items():
         told = {key: value for key, value in method.to_config().items() if value not in (None, False, [], {})}
         fields = ", ".join(f"{key}={value!r}" for key, value in told.items() if key != "method")
         table.add_row(f"Adapter '{name}'" + (f" on '{place}'" if place else ""), f"{told['method']}: {fields}")
@@ -140,7 +140,7 @@ def show_file(path: str) -> None:
 def _load(model: L.LightningModule, ckpt_path: str) -> None:
     """Attach and load the adapters of a checkpoint."""
     checkpoint = read_checkpoint(ckpt_path)
-    if RECORD not in checkpoint:
+    if METADATA_KEY not in checkpoint:
         raise CheckpointError(f"{ckpt_path} holds no adapter; it looks like a full checkpoint.")
     model.__class__ = adapted_class(type(model))
     model.on_load_checkpoint(checkpoint)

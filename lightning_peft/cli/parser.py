@@ -17,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from rich.table import Table
 from typing_extensions import override
 
-from lightning_peft.checkpoints.ckpt import RECORD, recorded_methods
+from lightning_peft.checkpoints.ckpt import METADATA_KEY, methods_in
 from lightning_peft.cli.commands import COMMANDS, CommandTrainer, show_file
 from lightning_peft.core.method import registered_methods
 from lightning_peft.data import TextClassificationData
@@ -99,7 +99,7 @@ class PEFTCLI(LightningCLI):
             path, peft = self.config[subcommand].get("ckpt_path"), self.config[subcommand].peft
             checkpoint = read_checkpoint(path) if path and Path(path).is_file() else {}
             if peft.method == self._parser(subcommand).get_defaults().peft.method:  # the user has chosen none
-                methods = recorded_methods(checkpoint[RECORD]) if RECORD in checkpoint else {}
+                methods = methods_in(checkpoint[METADATA_KEY]) if METADATA_KEY in checkpoint else {}
                 if method := methods.get(("", peft.name)):
                     self._choose(subcommand, _as_class(method.to_config()))
                 elif peft.init_from:

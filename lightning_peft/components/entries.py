@@ -67,7 +67,7 @@ def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
     """One adapter for each host that reads parameters of ``chosen``; tied ones stay tied.
 
     Raises:
-        NotApplicableError: one of them is quantised, complex, not there yet, or part of a parametrization.
+        NotApplicableError: one of them is quantized, complex, not there yet, or part of a parametrization.
     """
     copies: Copies = {}
     hosts: dict[str, list[BaseParameter]] = {}

@@ -22,7 +22,7 @@ class Gate(nn.Module):
         batch_dim: the dimension of the input that counts the sequences.
     """
 
-    whole_rows = True
+    needs_whole_sequences = True
 
     def __init__(self, features: int, like: Tensor, batch_dim: int = 0) -> None:
         super().__init__()

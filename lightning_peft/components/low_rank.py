@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, OutputAdapter, adapter_dtype
 from lightning_peft.core.method import Placement, is_number
-from lightning_peft.core.peft_form import CONFIG, PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, exceptions
+from lightning_peft.core.peft_form import (
+    CONFIG,
+    PeftFile,
+    PeftState,
+    PeftTensor,
+    exact_names,
+    exact_targets,
+    exceptions,
+)
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.core.targeted import LayerMethod
 from lightning_peft.errors import CheckpointError, ConfigError, NotApplicableError, TargetError
@@ -71,8 +79,8 @@ class LowRankMethod(LayerMethod):
                 except (re.error, TypeError) as error:
                     raise self.invalid(name, f"keyed by suffixes or regular expressions ({error})") from error
 
-    def select(self, model: nn.Module, saved: Sequence[str]) -> list[Host]:
-        hosts = super().select(model, saved)
+    def select(self, model: nn.Module, fully_trained: Sequence[str]) -> list[Host]:
+        hosts = super().select(model, fully_trained)
         for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 if not any(matches_end(pattern, host.name) for host in hosts):
@@ -100,7 +108,7 @@ class LowRankMethod(LayerMethod):
                 f"allows; use r <= {limit} (rank_pattern), exclude_modules, or train it whole with modules_to_save."
             )
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
-        if not host.reads_weight:
+        if not host.weight_only:
             return self.build_output(host, r, scale)
         if self.dropout:
             raise NotApplicableError(
@@ -110,7 +118,7 @@ class LowRankMethod(LayerMethod):
             )
         return self.build_weight(host, r, scale)
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
         tensors: dict[str, PeftTensor] = {}
         ranks: dict[str, int] = {}
         alphas: dict[str, float] = {}
@@ -140,7 +148,7 @@ class LowRankMethod(LayerMethod):
             "target_modules": exact_targets(ranks, model),
             **self.peft_marks,
         }
-        return PeftForm(config=config, tensors=tensors)
+        return PeftState(config=config, tensors=tensors)
 
     @classmethod
     def from_peft(cls, file: PeftFile) -> tuple[Self, Mapping[str, Tensor]]:

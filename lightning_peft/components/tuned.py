@@ -12,7 +12,7 @@ from lightning_peft.core.adapter import WeightAdapter, adapter_dtype
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.parameters import check_trainable, read_parameters
-from lightning_peft.network.quantized.weights import is_quantised
+from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import leaf, parent
 
 Copies = dict[int, nn.Parameter]
@@ -26,12 +26,12 @@ class TunedParameters(WeightAdapter):
         """Copy the parameters ``names`` of ``host``, all that it reads if None.
 
         Raises:
-            NotApplicableError: a parameter is quantised, complex, or not there yet (a lazy layer).
+            NotApplicableError: a parameter is quantized, complex, or not there yet (a lazy layer).
         """
         super().__init__()
         self.names = read_parameters(host) if names is None else tuple(names)
-        # Quantised layers cast their bias where it lies, which must not narrow the copy that trains.
-        self._lent = any(is_quantised(p) for p in host._parameters.values() if p is not None)
+        # Quantized layers cast their bias where it lies, which must not narrow the copy that trains.
+        self._lent = any(is_quantized(p) for p in host._parameters.values() if p is not None)
         self._places: dict[str, str] = {}
         for path in self.names:
             own = path.replace(".", "_")  # "out_proj.weight" cannot be the name of a parameter
@@ -71,15 +71,15 @@ class TunedParameters(WeightAdapter):
         return self
 
 
-class SavedParameters(TunedParameters):
-    """The copy of a module of ``modules_to_save``, which is trained whole."""
+class FullyTrainedParameters(TunedParameters):
+    """The copy of a module of ``modules_to_save``, which is fully trained."""
 
 
 def trainable_copy(tensor: Tensor, name: str, copies: Copies | None = None) -> nn.Parameter:
     """A parameter with the values of ``tensor`` in full precision; one of ``copies`` if that has it already.
 
     Raises:
-        NotApplicableError: the parameter is quantised, complex, or not there yet (a lazy layer).
+        NotApplicableError: the parameter is quantized, complex, or not there yet (a lazy layer).
     """
     check_trainable(tensor, name)
     copies = {} if copies is None else copies

@@ -19,13 +19,13 @@ class Adapter(nn.Module):
     """Base of the three kinds. Floating-point parameters ignore casts to 16 bits: adapters train in full precision."""
 
     additive: bool = False
-    """Whether it adds something that does not depend on what other adapters of its host have made of the output."""
-    reads_host: bool = False
-    """Whether what it computes depends on its host's own weights, so that others cannot be folded into them."""
-    depth: int = 0
+    """True if it adds something that does not depend on what other adapters of its host have made of the output."""
+    uses_base_weight: bool = False
+    """True if what it computes depends on its host's own weights, so that others cannot be folded into them."""
+    nesting: int = 0
     """How near to the host it acts among several: the higher, the later before the host, and the sooner after it."""
-    whole_rows: bool = False
-    """Whether what it does to one token depends on where a row of the batch begins or ends: a row must be one text.
+    needs_whole_sequences: bool = False
+    """True if what it does to one token depends on where a row of the batch begins or ends: a row must be one text.
     A module inside an adapter may say so, too."""
     trains: frozenset[str] = frozenset()
     """Names of the parameters that train, noted when the adapter is attached; the others stay as they were made."""
@@ -101,12 +101,12 @@ BatchedForm = Callable[[Tensor, Tensor, AdapterIndex], Tensor]
 class OutputAdapter(Adapter):
     """Acts after the host: ``forward(x, y) -> y'`` with the host's first input ``x`` and its output ``y``."""
 
-    writes: bool = False
-    """Whether it has an :meth:`into`, and the host's output is a new tensor that the host's backward does not read."""
-    keeps: bool = False
-    """Whether the backward of :meth:`into` reads the output, so that no other adapter may write into it."""
+    in_place: bool = False
+    """True if it has an :meth:`forward_`, and the host's output is a new tensor that the host's backward does not read."""
+    saves_output: bool = False
+    """True if the backward of :meth:`forward_` reads the output, so that no other adapter may write into it."""
 
-    def into(self, x: Any, y: Any) -> Any:
+    def forward_(self, x: Any, y: Any) -> Any:
         """What ``forward`` computes, written into ``y``, which nothing else reads."""
         return self(x, y)
 

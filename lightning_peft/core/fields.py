@@ -1,4 +1,4 @@
-"""Whether a value is what a field's annotation declares, for values that come from files."""
+"""Fields of methods: what their annotations declare, for values that come from files."""
 
 import reprlib
 import types
@@ -7,7 +7,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 def fits(value: Any, declared: Any) -> bool:
-    """Whether ``value`` is of the ``declared`` type, as an annotation names it.
+    """True if ``value`` is of the ``declared`` type, as an annotation names it.
 
     A whole number is a float too, true and false are no numbers, and any kind of sequence or set stands for any other,
     as files know lists alone. Annotations that say nothing here (Any, type variables) fit everything.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import fits, named, shown
-from lightning_peft.core.peft_form import PeftFile, PeftForm
+from lightning_peft.core.peft_form import PeftFile, PeftState
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError, did_you_mean
 
 
@@ -41,7 +41,7 @@ class Method(ABC):
     """Base of all methods. Subclasses are frozen, keyword-only dataclasses; planning never changes the model."""
 
     modules_to_save: list[str] | str | None
-    """Modules trained whole beside the adapters: name suffixes, ``"auto"`` (the task head), or None."""
+    """Modules fully trained beside the adapters: name suffixes, ``"auto"`` (the task head), or None."""
     exclusive: ClassVar[str] = ""
     """What only one method of a combination can bring, such as ``"prompt"``; empty for most."""
     peft_types: ClassVar[tuple[str, ...]] = ()
@@ -52,16 +52,16 @@ class Method(ABC):
 
     @property
     def starts_as_base(self) -> bool:
-        """Whether a fresh adapter leaves the model's output as it was (most papers initialise so)."""
+        """True if a fresh adapter leaves the model's output as it was (most papers initialise so)."""
         return True
 
     @abstractmethod
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         """Build the adapters for ``model``.
 
         Args:
             model: the network; it is only read.
-            saved: paths of the modules that are trained whole; nothing below them is adapted.
+            fully_trained: paths of the modules that are fully trained; nothing below them is adapted.
 
         Raises:
             PEFTError: the method does not fit the model.
@@ -79,11 +79,11 @@ class Method(ABC):
         """The method that describes combined ``adapters``, by their hosts' names; this is the first one's."""
         return self
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
         """Say how peft has this adapter.
 
         Args:
-            placements: the adapters, with their places in ``model``; without the modules that are trained whole, which
+            placements: the adapters, with their places in ``model``; without the modules that are fully trained, which
                 are no matter of the method.
             model: the network that peft would wrap.
 
@@ -97,7 +97,7 @@ class Method(ABC):
         """Read a file of one of the :attr:`peft_types`.
 
         Returns:
-            The method, with the layers named one by one and nothing trained whole, and the tensors as
+            The method, with the layers named one by one and nothing fully trained, and the tensors as
             :meth:`to_peft` of that method would have them.
 
         Raises:
@@ -242,7 +242,7 @@ def registered_methods(base: type[Method] = Method) -> Iterator[type[Method]]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a field's value is a number; to Python, True and False are as well."""
+    """True if a field's value is a number; to Python, True and False are as well."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

@@ -38,7 +38,7 @@ class PeftTensor:
     dim: int = 0
     """The dimension along which the parts lie side by side."""
     trained: bool = True
-    """Whether these are parameters, and no buffers."""
+    """True if these are parameters, and no buffers."""
 
     @property
     def shape(self) -> list[int]:
@@ -64,7 +64,7 @@ class PeftTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftForm:
+class PeftState:
     """An adapter as peft has it, all paths as seen from the network that peft would wrap."""
 
     config: dict[str, Any]
@@ -72,7 +72,7 @@ class PeftForm:
     tensors: dict[str, PeftTensor]
     """By path in the network and peft's own name, such as ``encoder.0.query.lora_A.weight``."""
     exact: bool = True
-    """Whether training can go on from these tensors; if not, they are computed, and never filled."""
+    """True if training can go on from these tensors; if not, they are computed, and never filled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class PeftFile:
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-    """Without peft's prefix of the keys, and without the modules that were trained whole."""
+    """Without peft's prefix of the keys, and without the modules that were fully trained."""
     model: nn.Module
     """The network that the paths are seen from."""
     paths: frozenset[str] = field(init=False)

@@ -27,7 +27,7 @@ class TargetedMethod(Method):
     layers: list[int] | None = None
     """Indices of the layers to adapt in the outermost numbered container; negative ones count from the end."""
     modules_to_save: list[str] | str | None = "auto"
-    """Modules trained whole beside the adapters: name suffixes; "auto" finds the task head of a transformers model."""
+    """Modules fully trained beside the adapters: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
         self.check_patterns("target_modules", "exclude_modules", "modules_to_save")
@@ -36,13 +36,13 @@ class TargetedMethod(Method):
     def select_parameters(
         self,
         model: nn.Module,
-        saved: Sequence[str],
+        fully_trained: Sequence[str],
         kinds: Collection[str] | None = None,
         names: Sequence[str] | None = None,
     ) -> list[BaseParameter]:
         """Choose parameters by the fields, and by kind and name: see :func:`~selection.select_parameters`."""
         fields = self.target_modules, self.exclude_modules, self.layers
-        return select_parameters(type(self).__name__, model, *fields, saved, kinds, names)
+        return select_parameters(type(self).__name__, model, *fields, fully_trained, kinds, names)
 
     def pointed_at(self, paths: Sequence[str]) -> "TargetedMethod":
         return replace(self, target_modules=list(paths), exclude_modules=None, layers=None)
@@ -72,13 +72,13 @@ class LayerMethod(TargetedMethod):
             NotApplicableError: the method cannot work on this kind of host.
         """
 
-    def select(self, model: nn.Module, saved: Sequence[str]) -> list[Host]:
+    def select(self, model: nn.Module, fully_trained: Sequence[str]) -> list[Host]:
         """Choose the hosts. Override to check fields that speak of the chosen hosts."""
-        return select_hosts(model, self.target_modules or ALL_LINEAR, self.exclude_modules, self.layers, saved)
+        return select_hosts(model, self.target_modules or ALL_LINEAR, self.exclude_modules, self.layers, fully_trained)
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         placements, left_out, refusal = [], [], None
-        for host in self.select(model, saved):
+        for host in self.select(model, fully_trained):
             try:
                 placements.append(Placement(host.path, self.build(host), host.part))
             except ConfigError as error:

@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.injection.registry import Registry, registry_of
 from lightning_peft.injection.slots import AdapterSlots
-from lightning_peft.network.quantized.weights import quantised_weights
+from lightning_peft.network.quantized.weights import quantized_weights
 from lightning_peft.network.walk import CHILD, base_modules, join, plain_name
 
 
@@ -95,8 +95,8 @@ def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: st
             state_dict[key] = state_dict.pop(plain)
     base = {key: value for key, value in here.items() if key.removeprefix(prefix) not in own}
     if not state_dict.keys() & base.keys():
-        # What belongs to a quantised weight is in the state dict of some layers that do not load it again.
-        for path, module, _, weight in quantised_weights(model):
+        # What belongs to a quantized weight is in the state dict of some layers that do not load it again.
+        for path, module, _, weight in quantized_weights(model):
             for name in weight.beside - module._parameters.keys() - module._buffers.keys():
                 base.pop(prefix + join(path, name), None)
         state_dict.update(base)

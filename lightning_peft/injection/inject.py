@@ -12,11 +12,11 @@ from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError
 from lightning_peft.injection.freezing import freeze, unfreeze
-from lightning_peft.injection.modules_to_save import plan_saved, resolve_saved
-from lightning_peft.injection.registry import Attachment, Registry, find_adapter, registry_of, set_registry
+from lightning_peft.injection.modules_to_save import plan_modules_to_save, resolve_modules_to_save
+from lightning_peft.injection.registry import AttachedAdapter, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.injection.report import Report, report
 from lightning_peft.injection.slots import AdapterSlots, named_slots, slot_name
-from lightning_peft.network.quantized.weights import is_quantised
+from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import CHILD, leaf, parent
 
 
@@ -48,10 +48,10 @@ class Injection:
 
     name: str
     method: Method
-    saved: tuple[str, ...]
-    """Paths of the modules that are trained whole."""
+    fully_trained: tuple[str, ...]
+    """Paths of the modules that are fully trained."""
     placements: tuple[Placement, ...]
-    """The adapters and where they go, those of the modules that are trained whole among them."""
+    """The adapters and where they go, those of the modules that are fully trained among them."""
     left_out: tuple[tuple[str, str], ...]
 
 
@@ -68,11 +68,11 @@ def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
     registry.check_settled()
     _check_level(model, registry)
     check_name(name, registry)
-    saved = resolve_saved(model, method.modules_to_save)
-    plan = method.plan(model, saved)
-    placements = [*plan.placements, *plan_saved(model, saved)]
+    fully_trained = resolve_modules_to_save(model, method.modules_to_save)
+    plan = method.plan(model, fully_trained)
+    placements = [*plan.placements, *plan_modules_to_save(model, fully_trained)]
     _check_hosts(model, placements)
-    return Injection(name, method, tuple(saved), tuple(placements), tuple(plan.left_out))
+    return Injection(name, method, tuple(fully_trained), tuple(placements), tuple(plan.left_out))
 
 
 def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
@@ -92,10 +92,10 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
             slots.train(host.training)
         added.add(id(placement.adapter))
 
-    registry.attachments[name] = Attachment(
+    registry.attachments[name] = AttachedAdapter(
         method=injection.method,
         keys=keys_of(model, added),
-        saved=injection.saved,
+        fully_trained=injection.fully_trained,
         left_out=injection.left_out,
         trains=acts,
     )
@@ -189,9 +189,9 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
 def _check_weights(host: nn.Module, placement: Placement, names: Iterable[str]) -> None:
     for name in names:
         weight = host.get_submodule(parent(name))._parameters.get(leaf(name))
-        if weight is not None and is_quantised(weight):
+        if weight is not None and is_quantized(weight):
             raise NotApplicableError(
                 f"{type(placement.adapter).__name__} changes the '{name}' of '{placement.path}' "
-                f"({type(host).__name__}) itself, and that is quantised ({type(weight).__name__}). Leave the layer out "
+                f"({type(host).__name__}) itself, and that is quantized ({type(weight).__name__}). Leave the layer out "
                 "(exclude_modules), or use a method that acts on outputs."
             )

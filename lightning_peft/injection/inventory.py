@@ -16,9 +16,9 @@ class AdapterInfo:
     name: str
     method: Method
     active: bool
-    """Whether it acts."""
+    """True if it acts."""
     parameters: int
-    """How many parameters it has, those of modules trained whole included."""
+    """How many parameters it has, those of modules fully trained included."""
 
 
 def adapters(model: nn.Module) -> tuple[AdapterInfo, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from lightning_peft.components.tuned import Copies, SavedParameters
+from lightning_peft.components.tuned import Copies, FullyTrainedParameters
 from lightning_peft.core.method import Placement
 from lightning_peft.network.parameters import readers
 from lightning_peft.network.pretrained import task_heads
@@ -12,7 +12,7 @@ from lightning_peft.network.targets import match_modules
 from lightning_peft.network.walk import join
 
 
-def resolve_saved(model: nn.Module, modules_to_save: list[str] | str | None) -> list[str]:
+def resolve_modules_to_save(model: nn.Module, modules_to_save: list[str] | str | None) -> list[str]:
     """Paths of the modules to train whole.
 
     Raises:
@@ -26,9 +26,9 @@ def resolve_saved(model: nn.Module, modules_to_save: list[str] | str | None) -> 
     return match_modules(model, names, "modules_to_save")
 
 
-def plan_saved(model: nn.Module, saved: Sequence[str]) -> Iterator[Placement]:
-    """One adapter for each module below ``saved`` whose forward reads parameters of its own."""
+def plan_modules_to_save(model: nn.Module, fully_trained: Sequence[str]) -> Iterator[Placement]:
+    """One adapter for each module below ``fully_trained`` whose forward reads parameters of its own."""
     copies: Copies = {}
-    for top in saved:
+    for top in fully_trained:
         for below, module, _ in readers(model.get_submodule(top)):
-            yield Placement(join(top, below), SavedParameters(module, copies=copies))
+            yield Placement(join(top, below), FullyTrainedParameters(module, copies=copies))

@@ -16,25 +16,25 @@ _ATTRIBUTE = "_peft_registry"
 
 
 @dataclass
-class Attachment:
+class AttachedAdapter:
     """One adapter of a model."""
 
     method: Method
     keys: frozenset[str]
     """The state-dict keys that belong to this adapter, fixed when it was attached."""
-    saved: tuple[str, ...]
-    """Paths of the modules that are trained whole."""
+    fully_trained: tuple[str, ...]
+    """Paths of the modules that are fully trained."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Layers that an automatic choice passed over, with the reason."""
     trains: bool = True
-    """Whether it was last let train; those that were not need not be looked at when adapters are switched."""
+    """True if it was last let train; those that were not need not be looked at when adapters are switched."""
 
 
 @dataclass
 class Registry:
     """All adapters of one model, and what has to be put back when the last one goes."""
 
-    attachments: dict[str, Attachment] = field(default_factory=dict)
+    attachments: dict[str, AttachedAdapter] = field(default_factory=dict)
     slots: dict[str, AdapterSlots] = field(default_factory=dict)
     """The slots of each host, by the host's path."""
     active: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Registry:
     handles: list[Any] = field(default_factory=list)
     """Hooks on the base that go with the last adapter."""
     routed: bool = False
-    """Whether each row of a batch has an adapter of its own now (:func:`~lightning_peft.route`)."""
+    """True if each row of a batch has an adapter of its own now (:func:`~lightning_peft.route`)."""
 
     def adapters(self, name: str) -> Iterator[tuple[str, Adapter]]:
         """Yield (path of the host, adapter) for every slot of adapter ``name``."""

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from lightning_peft.components.tuned import SavedParameters
+from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.injection.registry import registries
 from lightning_peft.network.quantized.weights import packed_sizes
 from lightning_peft.network.walk import base_children, base_modules, join, within
@@ -27,7 +27,7 @@ class HostRow:
     adapter: str
     """Name of the adapter."""
     adapter_type: str
-    """The method that planned it, or ``"trained whole"``."""
+    """The method that planned it, or ``"fully trained"``."""
     trainable: int
 
 
@@ -38,7 +38,7 @@ class PartRow:
     path: str
     parameters: int
     state: str
-    """``"frozen"``, ``"frozen, adapted"`` or ``"trained whole"``."""
+    """``"frozen"``, ``"frozen, adapted"`` or ``"fully trained"``."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Report:
     trainable: int
     """Parameters that train."""
     total: int
-    """All parameters, adapters included; of a quantised weight the numbers that it stands for."""
+    """All parameters, adapters included; of a quantized weight the numbers that it stands for."""
 
     @property
     def share(self) -> float:
@@ -100,7 +100,7 @@ def report(model: nn.Module) -> Report:
     """Describe the adapters at or below ``model``."""
     hosts: list[HostRow] = []
     left_out: list[tuple[str, str]] = []
-    saved: set[str] = set()
+    fully_trained: set[str] = set()
     for prefix, owner, registry in registries(model):
         kinds = {path: type(owner.get_submodule(path)).__name__ for path in registry.slots}
         for name, attachment in registry.attachments.items():
@@ -108,23 +108,23 @@ def report(model: nn.Module) -> Report:
                 parameters = list(adapter.parameters())
                 if not parameters:
                     continue  # it only hands on what another one needs
-                whole = isinstance(adapter, SavedParameters)
-                kind = "trained whole" if whole else type(attachment.method.planner_of(part)).__name__
+                whole = isinstance(adapter, FullyTrainedParameters)
+                kind = "fully trained" if whole else type(attachment.method.planner_of(part)).__name__
                 trainable = sum(p.numel() for p in parameters if p.requires_grad)
                 hosts.append(HostRow(join(prefix, path), kinds[path], name, kind, trainable))
             left_out += [(join(prefix, path), reason) for path, reason in attachment.left_out]
-            saved.update(join(prefix, path) for path in attachment.saved)
+            fully_trained.update(join(prefix, path) for path in attachment.fully_trained)
     parameters, packed = list(model.parameters()), packed_sizes(model)
     return Report(
         hosts=tuple(hosts),
-        parts=tuple(_parts(model, {row.host for row in hosts}, saved, packed)),
+        parts=tuple(_parts(model, {row.host for row in hosts}, fully_trained, packed)),
         left_out=tuple(left_out),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(packed.get(id(p), p.numel()) for p in parameters),
     )
 
 
-def _parts(model: nn.Module, adapted: set[str], saved: set[str], packed: dict[int, int]) -> Iterator[PartRow]:
+def _parts(model: nn.Module, adapted: set[str], fully_trained: set[str], packed: dict[int, int]) -> Iterator[PartRow]:
     """The outermost parts of the base: the children of the first module that has more than one with parameters."""
     path, children = "", base_children(model)
     while len(children) == 1 and len(base_children(children[0][1])) > 0:
@@ -135,6 +135,6 @@ def _parts(model: nn.Module, adapted: set[str], saved: set[str], packed: dict[in
         modules = (module for _, module in base_modules(child))
         own = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
         inside = any(within(host, [part]) for host in adapted)
-        whole = within(part, saved)
-        state = "trained whole" if whole else "frozen, adapted" if inside else "frozen"
+        whole = within(part, fully_trained)
+        state = "fully trained" if whole else "frozen, adapted" if inside else "frozen"
         yield PartRow(part, sum(packed.get(id(p), p.numel()) for p in own.values()), state)

@@ -107,11 +107,13 @@ class AdapterSlots(Beside):
         """The adapters that act, in the order of activation."""
         return [adapter for name in self.active for adapter in self.parts(name).values()]
 
-    def needs_rows(self) -> bool:
-        """Whether anything that acts here has to see rows of a batch whole, each of them one text."""
+    def needs_whole_sequences(self) -> bool:
+        """True if anything that acts here has to see rows of a batch whole, each of them one text."""
         acting: Any = (*self._before, *self._after, *self._weights)
         routed = not all(isinstance(one, Adapter) for one in acting)
-        return routed or any(getattr(module, "whole_rows", False) for one in acting for module in one.modules())
+        return routed or any(
+            getattr(module, "needs_whole_sequences", False) for one in acting for module in one.modules()
+        )
 
     def parts(self, name: str) -> Mapping[str, Adapter]:
         """Every adapter ``name`` by part, those too that act on nothing by themselves."""
@@ -130,7 +132,7 @@ class AdapterSlots(Beside):
             del self._own[name], self._parts[name]
 
     def replaces(self, name: str) -> bool:
-        """Whether an acting adapter puts a tensor in place of the host's ``name``."""
+        """True if an acting adapter puts a tensor in place of the host's ``name``."""
         return any(name in adapter.names for adapter in self._weights)
 
     def restore(self, host: nn.Module, ran: bool = False) -> None:
@@ -165,16 +167,16 @@ class AdapterSlots(Beside):
         return args, kwargs
 
     def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x, fresh = first_input(args, kwargs), self._is_first(host)
+        x, owns_output = first_input(args, kwargs), self._is_first(host)
         for adapter in self._after:
-            if fresh and isinstance(adapter, OutputAdapter) and adapter.writes:
-                output, fresh = adapter.into(x, output), not adapter.keeps
+            if owns_output and isinstance(adapter, OutputAdapter) and adapter.in_place:
+                output, owns_output = adapter.forward_(x, output), not adapter.saves_output
             else:  # what comes of it may be something that its backward reads
-                output, fresh = adapter(x, output), False
+                output, owns_output = adapter(x, output), False
         return output
 
     def _is_first(self, host: nn.Module) -> bool:
-        """Whether nobody has seen the host's output before the adapters do."""
+        """True if nobody has seen the host's output before the adapters do."""
         return (
             not torch.compiler.is_compiling()
             and next(iter(host._forward_hooks.values()), None) == self.after
@@ -217,11 +219,11 @@ def slot_name(name: str, part: str) -> str:
 
 
 def _before(adapter: Adapter) -> int:
-    return adapter.depth
+    return adapter.nesting
 
 
 def _behind(adapter: Adapter) -> int:
-    return -adapter.depth
+    return -adapter.nesting
 
 
 def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:

@@ -163,7 +163,7 @@ def redrawn_mask(shape: torch.Size, like: Tensor, dropout: float, seed: int) -> 
 
 
 def can_write(x: Tensor, y: Tensor, a: Tensor, b: Tensor, dropout: float) -> bool:
-    """Whether an update can be written into ``y``: its dtype and kind fit, and torch is not recording operations."""
+    """True if an update can be written into ``y``: its dtype and kind fit, and torch is not recording operations."""
     return not is_recorded() and _fits(x, y, a, b, dropout)
 
 
@@ -181,7 +181,7 @@ def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def is_recorded() -> bool:
-    """Whether torch records operations, or runs them otherwise than one after the other on plain numbers."""
+    """True if torch records operations, or runs them otherwise than one after the other on plain numbers."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

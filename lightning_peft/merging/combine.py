@@ -83,7 +83,9 @@ def combine(
 
     # Nothing above has changed the model; nothing below fails.
     placements = tuple(Placement(path, adapter, part) for (path, part), adapter in made.items())
-    attach(owner, Injection(name, combined, attachments[0].saved, placements, attachments[0].left_out), acts=False)
+    attach(
+        owner, Injection(name, combined, attachments[0].fully_trained, placements, attachments[0].left_out), acts=False
+    )
     for adapter in made.values():
         adapter.train_parameters(False)
 

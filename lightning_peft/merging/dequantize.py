@@ -1,31 +1,31 @@
-"""Making the quantised layers of a model plain ones of torch's."""
+"""Making the quantized layers of a model plain ones of torch's."""
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.network.pretrained import pretrained_models
-from lightning_peft.network.quantized.weights import Quantised, plain_dtype, quantised_weights
+from lightning_peft.network.quantized.weights import Quantized, plain_dtype, quantized_weights
 from lightning_peft.network.walk import join
 
 
 @torch.no_grad()
 def make_plain(model: nn.Module) -> dict[str, tuple[Tensor, nn.Parameter]]:
-    """Make every quantised layer of ``model`` one of torch's own, with its dequantised weight.
+    """Make every quantized layer of ``model`` one of torch's own, with its dequantized weight.
 
     The layers stay the same objects, so that hooks and adapters on them stay as well. Their dtype is that of the rest
-    of the base; where nothing else has one, the one that the quantisation gives.
+    of the base; where nothing else has one, the one that the quantization gives.
 
     Returns:
-        The quantised tensors and the plain ones, by name.
+        The quantized tensors and the plain ones, by name.
     """
     dtype = plain_dtype(model)
     made: dict[str, tuple[Tensor, nn.Parameter]] = {}
     plain: dict[int, nn.Parameter] = {}
-    for path, module, name, weight in list(quantised_weights(model)):
+    for path, module, name, weight in list(quantized_weights(model)):
         held = module._parameters[name]
         assert held is not None
         if id(held) not in plain:
-            values = weight.dequantise()
+            values = weight.dequantize()
             plain[id(held)] = nn.Parameter(values.to(dtype or values.dtype), requires_grad=False)
         made[join(path, name)] = held, plain[id(held)]
         _become_plain(module, weight)
@@ -39,7 +39,7 @@ def make_plain(model: nn.Module) -> dict[str, tuple[Tensor, nn.Parameter]]:
     return made
 
 
-def _become_plain(module: nn.Module, weight: Quantised) -> None:
+def _become_plain(module: nn.Module, weight: Quantized) -> None:
     """Make ``module`` one of torch's own but for its ``weight``, which stays as it is."""
     for attribute in weight.attributes:
         vars(module).pop(attribute, None)
@@ -49,7 +49,7 @@ def _become_plain(module: nn.Module, weight: Quantised) -> None:
     if own is type(module):
         return
     module.__class__ = own
-    # What rearranges a state dict for the quantised layer; a frozen base's own hook stays.
+    # What rearranges a state dict for the quantized layer; a frozen base's own hook stays.
     hooks = module._load_state_dict_pre_hooks
     for key, hook in list(hooks.items()):
         if not str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("lightning_peft."):

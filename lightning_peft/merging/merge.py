@@ -15,7 +15,7 @@ from lightning_peft.injection.registry import Registry, find_adapter
 from lightning_peft.injection.slots import AdapterSlots, adapter_name
 from lightning_peft.merging.dequantize import make_plain
 from lightning_peft.network.pretrained import pretrained_models
-from lightning_peft.network.quantized.weights import is_quantised, plain_dtype, quantised
+from lightning_peft.network.quantized.weights import is_quantized, plain_dtype, quantized
 from lightning_peft.network.walk import base_tensors, below, join, leaf, parent, within
 
 
@@ -30,12 +30,12 @@ def merge(model: nn.Module, name: str = "default", *, untie: bool = False, dequa
         name: the adapter.
         untie: whether a layer whose weight is tied to another one's gets a weight of its own. The config of a
             transformers model then says so, so that it loads as it was saved.
-        dequantize: whether every quantised layer of ``model``, adapted or not, becomes a plain one of torch's in the
-            dtype of the rest of the model, which is then as large as it was before it was quantised.
+        dequantize: whether every quantized layer of ``model``, adapted or not, becomes a plain one of torch's in the
+            dtype of the rest of the model, which is then as large as it was before it was quantized.
 
     Raises:
         AdapterNameError: there is no such adapter.
-        NotMergeableError: a method has no weight form, a weight is shared with another layer, or quantised without
+        NotMergeableError: a method has no weight form, a weight is shared with another layer, or quantized without
             ``dequantize``, or a merged value is not finite.
     """
     prefix, owner, registry = find_adapter(model, name)
@@ -117,7 +117,7 @@ def _folded(model: nn.Module, name: str, untie: bool, dequantize: bool = False) 
             raise NotMergeableError(f"{method} on '{path}' cannot be merged: {error}") from error
         for key, value in changed.items():
             tensor, where = before[key], join(prefix, path, key)
-            dtype = (plain or value.dtype) if is_quantised(tensor) else tensor.dtype
+            dtype = (plain or value.dtype) if is_quantized(tensor) else tensor.dtype
             if isinstance(host, nn.Embedding) and host.max_norm is not None:
                 raise NotMergeableError(
                     f"'{path}' renormalises the rows it looks up (max_norm), so it would rescale merged rows: keep the "
@@ -182,16 +182,16 @@ class _Widened(dict[str, Tensor]):
 
     def __missing__(self, key: str) -> Tensor:
         tensor = self._tensors[key]
-        if is_quantised(tensor) and (weight := quantised(self._host, key)):
+        if is_quantized(tensor) and (weight := quantized(self._host, key)):
             if not self._dequantize:
                 raise NotMergeableError(
-                    f"'{key}' is quantised ({weight.scheme}): load the adapter on the unquantised base and merge "
-                    "there, or let merge(dequantize=True) make every quantised layer a plain one."
+                    f"'{key}' is quantized ({weight.scheme}): load the adapter on the unquantized base and merge "
+                    "there, or let merge(dequantize=True) make every quantized layer a plain one."
                 )
-            tensor = weight.dequantise()
+            tensor = weight.dequantize()
         if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
             raise NotMergeableError(
-                f"'{key}' is quantised ({tensor.dtype}): load the adapter on the unquantised base and merge there."
+                f"'{key}' is quantized ({tensor.dtype}): load the adapter on the unquantized base and merge there."
             )
         self[key] = tensor.float() if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
         return self[key]
@@ -211,8 +211,8 @@ def _check_order(slots: AdapterSlots, name: str, adapter: Adapter) -> None:
 
 
 def _depends(adapter: Adapter, other: Adapter, first: bool) -> bool:
-    """Whether folding ``adapter`` into the weights changes what it makes together with ``other`` (which acts first)."""
-    if other.reads_host:
+    """True if folding ``adapter`` into the weights changes what it makes together with ``other`` (which acts first)."""
+    if other.uses_base_weight:
         return True
     if adapter.additive and other.additive:
         return False

@@ -29,5 +29,5 @@ class BitFit(TargetedMethod):
     too), roles and the words "norm" and "embedding", or one regular expression for whole names. Roles: attention,
     query, key, value, attention-output, ffn, ffn-output."""
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        return Plan(tune(self.select_parameters(model, saved, kinds={"bias"})))
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
+        return Plan(tune(self.select_parameters(model, fully_trained, kinds={"bias"})))

@@ -84,15 +84,15 @@ class BottleneckAdapter(TargetedMethod):
     preset: str = "houlsby"
     """What fields left at None are: "houlsby", "pfeiffer", "parallel" or "adapter_plus"."""
     after_attention: bool | None = None
-    """Whether there is one at each self-attention."""
+    """True if there is one at each self-attention."""
     after_ffn: bool | None = None
-    """Whether there is one at each feedforward part."""
+    """True if there is one at each feedforward part."""
     after_cross_attention: bool = False
-    """Whether there is one at each attention to another sequence."""
+    """True if there is one at each attention to another sequence."""
     reads: Literal["output", "sum", "input"] | None = None
     """What it reads: the sublayer's output h, the sum h + x (normed where the block is post-LN), or the input x."""
     residual: Literal["before", "after"] | None = None
-    """Whether it is added before the residual sum (and its norm), or after; "after" needs reads="sum"."""
+    """Where it is added: before the residual sum (and its norm), or after; "after" needs reads="sum"."""
     reduction_factor: float | None = None
     """Features of the stream over those of the bottleneck, at least 1."""
     width: int | None = None
@@ -108,7 +108,7 @@ class BottleneckAdapter(TargetedMethod):
     layer_norm: Literal["before", "after"] | None = None
     """A LayerNorm of its own, before the bottleneck or after it; None for none."""
     gating: bool = False
-    """Whether a gate from the adapter's input, from 0 to 1, scales what it adds (UniPELT)."""
+    """True if a gate from the adapter's input, from 0 to 1, scales what it adds (UniPELT)."""
     target_modules: list[str] | str | None = None
     """None for the blocks of a transformer; else names of any modules: y + f(y), by a 1×1 convolution behind one."""
 
@@ -156,12 +156,12 @@ class BottleneckAdapter(TargetedMethod):
     def starts_as_base(self) -> bool:
         return bool(self.choice("init") == "mam")
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         if self.target_modules is not None:
-            paths = select_modules(model, self.target_modules, self.exclude_modules, self.layers, saved)
+            paths = select_modules(model, self.target_modules, self.exclude_modules, self.layers, fully_trained)
             return Plan([Placement(path, self._on(path, model.get_submodule(path))) for path in paths])
         kinds = {"attention": "after_attention", "cross-attention": "after_cross_attention", "ffn": "after_ffn"}
-        every = [s for s in find_sublayers(model) if not within(s.output, saved)]
+        every = [s for s in find_sublayers(model) if not within(s.output, fully_trained)]
         parts = {kind: {s.output for s in every if s.kind == kind} for kind in kinds}
         wanted: set[str] = set()
         for kind, field in kinds.items():

@@ -45,7 +45,7 @@ class Combine(Method):
     preset: str | None = None
     """In place of methods: "mam" or "unipelt". Without either it is "mam"."""
     modules_to_save: list[str] | str | None = "auto"
-    """Modules trained whole beside the adapters, for all methods together: name suffixes, "auto", or None."""
+    """Modules fully trained beside the adapters, for all methods together: name suffixes, "auto", or None."""
 
     def __post_init__(self) -> None:
         known = list(PRESETS)
@@ -70,9 +70,11 @@ class Combine(Method):
                     f"Combine: {' and '.join(names)} both bring a {kind}, and there is room for one. Use one with more "
                     "num_virtual_tokens, or two adapters: inject(model, method, name)."
                 )
-        saved = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
-        strings = isinstance(saved, (list, tuple)) and all(isinstance(name, str) and name for name in saved)
-        if saved is not None and not strings:
+        fully_trained = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
+        strings = isinstance(fully_trained, (list, tuple)) and all(
+            isinstance(name, str) and name for name in fully_trained
+        )
+        if fully_trained is not None and not strings:
             raise self.invalid("modules_to_save", "a non-empty string, a list of them, or null")
         for method in self.methods:
             if method.modules_to_save not in ("auto", None, self.modules_to_save):
@@ -92,8 +94,8 @@ class Combine(Method):
     def ejected(self) -> "Combine":
         return replace(self, methods=[method.ejected() for method in self.methods or []])
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        plans = [method.plan(model, saved) for method in self.methods or ()]
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
+        plans = [method.plan(model, fully_trained) for method in self.methods or ()]
         return Plan(
             [
                 replace(placement, part=f"{i}_{placement.part}" if placement.part else str(i))

@@ -27,7 +27,7 @@ from lightning_peft.kernels.dora import plain_rescaled, rescaled_update
 from lightning_peft.kernels.low_rank import is_recorded
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.layouts import Layout, TransposedLayout
-from lightning_peft.network.quantized.weights import is_quantised, plain_weight
+from lightning_peft.network.quantized.weights import is_quantized, plain_weight
 
 _BLOCK = 2**20  # entries of a weight in 16 bits that a CPU converts at once: they stay in its cache
 
@@ -40,19 +40,19 @@ class DoRA(LowRankMethod):
 
     Raises:
         ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
-        NotApplicableError: a layer's weight is quantised in a way that is not known: its norm cannot be had.
+        NotApplicableError: a layer's weight is quantized in a way that is not known: its norm cannot be had.
     """
 
     peft_marks: ClassVar[Mapping[str, Any]] = {"use_dora": True}
 
     def build(self, host: Host) -> Adapter:
-        weight = plain_weight(host.module, host.parameter) if is_quantised(host.weight) else host.weight
+        weight = plain_weight(host.module, host.parameter) if is_quantized(host.weight) else host.weight
         shape = host.layout.out_features, host.layout.in_features
         known = weight.is_floating_point() and weight.dtype.itemsize > 1
         if not known or host.layout.matrix(weight).shape != shape:
             raise NotApplicableError(
                 f"DoRA needs the norm of the weights of '{host.name}' ({type(host.module).__name__}), and these are "
-                f"quantised or not all there ({weight.dtype}, {list(weight.shape)} for a matrix of {list(shape)}). "
+                f"quantized or not all there ({weight.dtype}, {list(weight.shape)} for a matrix of {list(shape)}). "
                 "Use LoRA, or exclude it (exclude_modules)."
             )
         return super().build(host)
@@ -85,11 +85,11 @@ class _Magnitude(LowRankFactors):
 class DoRAOutput(_Magnitude, LowRankOutput):
     """Adds ``s * B A x`` to the host's output, and rescales all but the bias."""
 
-    reads_host = True
+    uses_base_weight = True
 
     def __init__(self, host: Host, r: int, scale: float, dropout: float) -> None:
         super().__init__(host, r, scale, dropout)
-        self.writes = host.fresh
+        self.in_place = host.owns_output
         self._host = (host.module,)  # in a tuple: it stays the base's module, not one of this adapter
         self._bias = host.bias
         self._known: tuple[Any, int, int, Tensor] | None = None
@@ -97,7 +97,7 @@ class DoRAOutput(_Magnitude, LowRankOutput):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return plain_rescaled(*self._arguments(x, y))
 
-    def into(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward_(self, x: Tensor, y: Tensor) -> Tensor:
         return rescaled_update(*self._arguments(x, y))
 
     def _arguments(self, x: Tensor, y: Tensor) -> tuple[Any, ...]:
@@ -108,7 +108,7 @@ class DoRAOutput(_Magnitude, LowRankOutput):
     def norm(self) -> Tensor:
         """The norm of each output's weights with the update in them, (out,)."""
         weight: Tensor = self._host[0].weight  # type: ignore[assignment]
-        if is_quantised(weight):
+        if is_quantized(weight):
             weight = plain_weight(self._host[0])
         a, b, s = self.lora_A, self.lora_B, self.scale
         matrix = self.layout.matrix(weight)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter, adapter_dtype
 from lightning_peft.core.method import Placement, Plan
-from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets, listed
+from lightning_peft.core.peft_form import PeftFile, PeftState, PeftTensor, exact_names, exact_targets, listed
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.errors import NotApplicableError, TargetError
@@ -57,12 +57,12 @@ class IA3(TargetedMethod):
         super().__post_init__()
         self.check_patterns("feedforward_modules")
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        hosts = [h for h in find_hosts(model) if not within(h.name, saved)]
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
+        hosts = [h for h in find_hosts(model) if not within(h.name, fully_trained)]
         roles = find_roles(hosts)
         feedforward, queries = self.feedforward_modules, {}
         if self.target_modules is not None:
-            chosen = select_hosts(model, self.target_modules, self.exclude_modules, self.layers, saved)
+            chosen = select_hosts(model, self.target_modules, self.exclude_modules, self.layers, fully_trained)
         else:
             if mixed := next((name for name in roles["fused"] if leaf(name) in _BY_HEAD), None):
                 raise NotApplicableError(
@@ -103,7 +103,7 @@ class IA3(TargetedMethod):
     def pointed_at(self, paths: Sequence[str]) -> "IA3":
         return self  # the paths do not tell which of them are feedforward_modules
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
         tensors: dict[str, PeftTensor] = {}
         feedforward, transposed = [], []
         for placement in placements:
@@ -122,7 +122,7 @@ class IA3(TargetedMethod):
             "feedforward_modules": _feedforward(feedforward, names),
             "fan_in_fan_out": any(transposed),
         }
-        return PeftForm(config=config, tensors=tensors)
+        return PeftState(config=config, tensors=tensors)
 
     @classmethod
     def from_peft(cls, file: PeftFile) -> tuple["IA3", Mapping[str, Tensor]]:
@@ -141,13 +141,13 @@ class IA3(TargetedMethod):
 
     def _build(self, host: Host, scales_input: bool, start: int, kept: bool) -> Adapter:
         if scales_input:
-            if host.reads_weight or isinstance(host.layout, EmbeddingLayout):
+            if host.weight_only or isinstance(host.layout, EmbeddingLayout):
                 raise NotApplicableError(
                     f"IA3 cannot rescale the input of '{host.name}': {type(host.module).__name__} has none of its own. "
                     "Take it out of feedforward_modules."
                 )
             return IA3Input(host)
-        return IA3Weight(host, start) if host.reads_weight else IA3Output(host, start, kept)
+        return IA3Weight(host, start) if host.weight_only else IA3Output(host, start, kept)
 
 
 def _feedforward(names: list[str], among: list[str]) -> list[str] | str:
@@ -188,11 +188,11 @@ class _Scaling(Adapter):
 class IA3Output(_Scaling, OutputAdapter):
     """Rescales the features of the host's output from ``start`` on; ``kept`` if nothing writes into it afterwards."""
 
-    keeps = True
+    saves_output = True
 
     def __init__(self, host: Host, start: int, kept: bool) -> None:
         super().__init__()
-        self.writes = host.fresh and kept
+        self.in_place = host.owns_output and kept
         self.layout, self.start, self.bias = host.layout, start, host.bias
         self.ia3_l = _ones(host.layout.out_features - start, host.weight)
 
@@ -200,7 +200,7 @@ class IA3Output(_Scaling, OutputAdapter):
         scale = _from(self.start, self.ia3_l).to(y.dtype)
         return y * self.layout.channels(scale)
 
-    def into(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward_(self, x: Tensor, y: Tensor) -> Tensor:
         return scale_(y, self.ia3_l)
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

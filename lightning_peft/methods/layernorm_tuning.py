@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.components.entries import tune
 from lightning_peft.components.tuned import TunedParameters
 from lightning_peft.core.method import Placement, Plan
-from lightning_peft.core.peft_form import PeftFile, PeftForm, PeftTensor, exact_names, exact_targets
+from lightning_peft.core.peft_form import PeftFile, PeftState, PeftTensor, exact_names, exact_targets
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.network.parameters import read_parameters
 
@@ -36,10 +36,10 @@ class LayerNormTuning(TargetedMethod):
     """Norms that train: None for all but those of the task head; else a list of names or suffixes (all below is meant
     too), or one regular expression for whole names."""
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        return Plan(tune(self.select_parameters(model, saved, kinds={"norm"})))
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
+        return Plan(tune(self.select_parameters(model, fully_trained, kinds={"norm"})))
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
         tensors: dict[str, PeftTensor] = {}
         for placement in placements:
             path, adapter = placement.path, placement.adapter
@@ -51,7 +51,7 @@ class LayerNormTuning(TargetedMethod):
             for name, copy in adapter.copies().items():
                 tensors[f"{path}.{_LAYERS}.{name}"] = PeftTensor((copy,))
         names = [placement.path for placement in placements]
-        return PeftForm(
+        return PeftState(
             config={"peft_type": "LN_TUNING", "target_modules": exact_targets(names, model)}, tensors=tensors
         )
 

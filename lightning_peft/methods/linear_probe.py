@@ -32,8 +32,8 @@ class LinearProbe(Method):
         if not (strings or (isinstance(value, str) and value) or value is None):
             raise self.invalid("modules_to_save", "a non-empty string or a list of them")
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
-        if not saved:
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
+        if not fully_trained:
             found = "leaves nothing to train" if self.modules_to_save != "auto" else "finds no task head"
             raise NotApplicableError(
                 f"LinearProbe: modules_to_save={self.modules_to_save!r} {found} in {type(model).__name__}. Name the "

@@ -32,7 +32,7 @@ class LoRA(LowRankMethod):
     """
 
     gating: bool = False
-    """Whether a gate from the layer's input (batch, length, features), from 0 to 1, scales the update (UniPELT). Then
+    """True if a gate from the layer's input (batch, length, features), from 0 to 1, scales the update (UniPELT). Then
     it cannot be merged."""
 
     def __post_init__(self) -> None:
@@ -72,13 +72,13 @@ class LoRAOutput(LowRankOutput):
     def __init__(self, host: Host, r: int, scale: float, dropout: float, gating: bool) -> None:
         super().__init__(host, r, scale, dropout)
         self.gate = Gate(host.layout.in_features, self.lora_A) if gating else None
-        self.writes = host.fresh and not gating
+        self.in_place = host.owns_output and not gating
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         scale = self.scale if self.gate is None else self.scale * self.gate(x)
         return plain_update(self.layout, x, y, self.lora_A, self.lora_B, scale, self.dropout_of(x))
 
-    def into(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward_(self, x: Tensor, y: Tensor) -> Tensor:
         return update_(self.layout, x, y, self.lora_A, self.lora_B, self.scale, self.dropout_of(x))
 
     @classmethod

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.method import Method, Placement, Plan
-from lightning_peft.core.peft_form import PROMPT, PeftForm, PeftTensor, sizes
+from lightning_peft.core.peft_form import PROMPT, PeftState, PeftTensor, sizes
 from lightning_peft.prompting.prompts import PromptInput, plan_prompts
 
 
@@ -40,7 +40,7 @@ class PTuning(Method):
     encoder_dropout: float = 0.0
     """Probability of dropping a feature between the layers of the LSTM, 0 to 1 (exclusive)."""
     modules_to_save: list[str] | str | None = "auto"
-    """Modules trained whole beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
+    """Modules fully trained beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
         self.check_counts("num_virtual_tokens", "encoder_num_layers")
@@ -55,10 +55,10 @@ class PTuning(Method):
     def starts_as_base(self) -> bool:
         return False
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         return plan_prompts("PTuning", model, self.num_virtual_tokens, lambda table: EncodedPrompt(self, table.weight))
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
         prompts = [p.adapter.prompt for p in placements if isinstance(p.adapter, PromptInput)]
         if len(prompts) != 1 or not isinstance(prompts[0], EncodedPrompt):
             return None
@@ -74,7 +74,7 @@ class PTuning(Method):
             "encoder_num_layers": self.encoder_num_layers,
             "encoder_dropout": self.encoder_dropout,
         }
-        return PeftForm(config=config, tensors={PROMPT: PeftTensor((vectors,))}, exact=False)
+        return PeftState(config=config, tensors={PROMPT: PeftTensor((vectors,))}, exact=False)
 
 
 class EncodedPrompt(nn.Module):

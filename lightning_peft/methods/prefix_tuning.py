@@ -21,7 +21,7 @@ from lightning_peft.components.gate import Gate, GatedInput
 from lightning_peft.components.taps import Tap
 from lightning_peft.core.adapter import Adapter, adapter_dtype
 from lightning_peft.core.method import Method, Placement, Plan, is_number
-from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftForm, PeftTensor, sizes
+from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTensor, sizes
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, TargetError
 from lightning_peft.network.blocks import PROJECTIONS, Attention, Block, find_blocks
 from lightning_peft.network.hosts import Host, find_hosts
@@ -51,7 +51,7 @@ class PrefixTuning(Method):
     num_virtual_tokens: int = 20
     """Keys and values of the prefix in each attention, at least 1."""
     prefix_projection: bool = False
-    """Whether the prefix comes out of an MLP, which may train better; else keys and values are parameters."""
+    """True if the prefix comes out of an MLP, which may train better; else keys and values are parameters."""
     encoder_hidden_size: int = 512
     """Hidden features of that MLP, at least 1."""
     init_std: float = 0.02
@@ -60,13 +60,13 @@ class PrefixTuning(Method):
     """Of an encoder-decoder model, which attentions: any of "encoder", "decoder" (to itself), "cross" (to the encoder).
     peft knows "decoder" alone. Other models have one kind."""
     gating: bool = False
-    """Whether a gate from the attention's input, from 0 to 1, scales the prefix (UniPELT)."""
+    """True if a gate from the attention's input, from 0 to 1, scales the prefix (UniPELT)."""
     exclude_modules: list[str] | str | None = None
     """Attentions to leave alone: name parts, or one regular expression."""
     layers: list[int] | None = None
     """Indices of the blocks that get one, in the outermost numbered container; negative ones count from the end."""
     modules_to_save: list[str] | str | None = "auto"
-    """Modules trained whole beside the prefix: name suffixes; "auto" finds the task head of a transformers model."""
+    """Modules fully trained beside the prefix: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
         self.check_counts("num_virtual_tokens", "encoder_hidden_size")
@@ -85,7 +85,7 @@ class PrefixTuning(Method):
     def ejected(self) -> "PrefixTuning":
         return replace(self, prefix_projection=False)
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         hosts = {host.name: host for host in find_hosts(model)}
         blocks = [block for block in find_blocks(list(hosts.values())) if any(a.linears for a in block.attentions)]
         if not blocks:
@@ -93,7 +93,7 @@ class PrefixTuning(Method):
                 f"PrefixTuning finds no attention in {type(model).__name__}: there are no query, key and value layers "
                 "side by side. Use LoRA or BottleneckAdapter there."
             )
-        chosen = {a.path: (b, a) for b, a in self._chosen(blocks) if not within(a.path, saved)}
+        chosen = {a.path: (b, a) for b, a in self._chosen(blocks) if not within(a.path, fully_trained)}
         names = narrow(chosen, [a.path for b in blocks for a in b.attentions], self.exclude_modules, self.layers)
         if not names:
             raise TargetError("PrefixTuning: exclude_modules, layers and places leave no attention.")
@@ -118,7 +118,7 @@ class PrefixTuning(Method):
             placements.append(Placement(path, shift(path, module, self.num_virtual_tokens), "positions"))
         return Plan(placements)
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
         blocks = find_blocks(list(find_hosts(model)))
         adapters = [p.adapter for p in placements if isinstance(p.adapter, PrefixedAttention)]
         prefixes = [adapter.prefix for adapter in adapters if isinstance(adapter.prefix, Prefix)]
@@ -142,7 +142,7 @@ class PrefixTuning(Method):
             "prefix_projection": False,  # what is saved has no MLP any more, and can be trained on as it is
         }
         tensor = PeftTensor(tuple(part.detach() for part in parts), dim=1)
-        return PeftForm(config=config, tensors={PROMPT: tensor}, exact=not self.prefix_projection)
+        return PeftState(config=config, tensors={PROMPT: tensor}, exact=not self.prefix_projection)
 
     @classmethod
     def from_peft(cls, file: PeftFile) -> tuple["PrefixTuning", Mapping[str, Tensor]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.method import Method, Placement, Plan
-from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftForm, PeftTensor, sizes
+from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTensor, sizes
 from lightning_peft.errors import ConfigError
 from lightning_peft.prompting.prompts import PromptInput, plan_prompts
 
@@ -43,7 +43,7 @@ class PromptTuning(Method):
     tokenizer: str | None = None
     """Name or path of the tokenizer for init_text."""
     modules_to_save: list[str] | str | None = "auto"
-    """Modules trained whole beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
+    """Modules fully trained beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
         self.check_counts("num_virtual_tokens")
@@ -64,10 +64,10 @@ class PromptTuning(Method):
     def starts_as_base(self) -> bool:
         return False
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         return plan_prompts("PromptTuning", model, self.num_virtual_tokens, lambda table: Prompt(self._start(table)))
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftForm | None:
+    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
         prompts = [p.adapter.prompt for p in placements if isinstance(p.adapter, PromptInput)]
         if len(prompts) != 1 or not isinstance(prompts[0], Prompt):
             return None
@@ -79,7 +79,7 @@ class PromptTuning(Method):
             **sizes(model),
             "num_transformer_submodules": 1,  # of an encoder-decoder model, the encoder alone
         }
-        return PeftForm(config=config, tensors={PROMPT: PeftTensor((vectors,))})
+        return PeftState(config=config, tensors={PROMPT: PeftTensor((vectors,))})
 
     @classmethod
     def from_peft(cls, file: PeftFile) -> tuple["PromptTuning", Mapping[str, Tensor]]:

@@ -89,7 +89,7 @@ class SelectiveTuning(TargetedMethod):
             raise ConfigError("SelectiveTuning.score='fisher' picks entries: say how many with density, such as 0.01.")
         self.check_counts("score_batches")
 
-    def plan(self, model: nn.Module, saved: Sequence[str]) -> Plan:
+    def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         choosing = ["target_modules", "layers", "parameters", "parameter_types", "density"]
         if self.token_ids is None:  # of rows alone, exclude_modules says where they stay as they are
             choosing.append("exclude_modules")
@@ -98,7 +98,7 @@ class SelectiveTuning(TargetedMethod):
             kinds = self.parameter_types
             if self.density is not None and kinds is None and self.parameters is None:
                 kinds = ["weight", "embedding"]
-            chosen = self.select_parameters(model, saved, kinds, self.parameters)
+            chosen = self.select_parameters(model, fully_trained, kinds, self.parameters)
         elif self.token_ids is None:
             raise TargetError(
                 f"SelectiveTuning has nothing to choose by: set {', '.join(choosing)} or token_ids. To train every "
@@ -107,10 +107,10 @@ class SelectiveTuning(TargetedMethod):
         rows: list[Placement] = []
         if self.token_ids is not None:
             table = find_table(model, chosen if self.target_modules is not None else [])
-            places = readers_of(table.tensor, model, self.exclude_modules, saved)
+            places = readers_of(table.tensor, model, self.exclude_modules, fully_trained)
             if not places:
                 raise TargetError(
-                    f"SelectiveTuning.token_ids: '{table.path}' is excluded, or trained whole (modules_to_save)."
+                    f"SelectiveTuning.token_ids: '{table.path}' is excluded, or fully trained (modules_to_save)."
                 )
             if (largest := max(self.token_ids)) >= len(table.tensor):
                 raise ConfigError(
@@ -122,7 +122,7 @@ class SelectiveTuning(TargetedMethod):
         matrices = {p for p in chosen if not p.kinds.isdisjoint(("weight", "embedding"))}
         sparse = [p for p in chosen if p in matrices and self.density is not None]
         whole = [p for p in chosen if p not in matrices or self.density is None]
-        if not rows and not sparse and count(whole) == count(outside(find_parameters(model), saved)):
+        if not rows and not sparse and count(whole) == count(outside(find_parameters(model), fully_trained)):
             raise TargetError(
                 f"SelectiveTuning would train every parameter of {type(model).__name__}: choose fewer, or, for full "
                 "fine-tuning, use PEFTCallback(None)."

@@ -36,7 +36,7 @@ class Attention:
     output: str
     """The layer that reads the heads' output; empty where there is none."""
     cross: bool
-    """Whether it attends to another sequence: it is not the first of its block."""
+    """True if it attends to another sequence: it is not the first of its block."""
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ class Host:
     parameter: str
     """Path of the weight from the module: ``in_proj_weight``, ``out_proj.weight``."""
     layout: Layout
-    reads_weight: bool = False
-    """Whether the module reads this weight in a larger computation, so that only the weight can be adapted."""
+    weight_only: bool = False
+    """True if the module reads this weight in a larger computation, so that only the weight can be adapted."""
     bias: str = ""
     """Path of the bias that goes with the weight, from the module; empty where there is none."""
     bias_start: int = 0
     """Where this weight's ``layout.out_features`` entries begin in that bias."""
-    fresh: bool = False
-    """Whether the module returns a new tensor that nothing else reads, its own backward included."""
+    owns_output: bool = False
+    """True if the module returns a new tensor that nothing else reads, its own backward included."""
 
     @property
     def weight(self) -> Tensor:
@@ -60,7 +60,7 @@ class Host:
 
     @property
     def linear(self) -> bool:
-        """Whether the weight is a matrix that multiplies a vector of features (not a kernel, not a table)."""
+        """True if the weight is a matrix that multiplies a vector of features (not a kernel, not a table)."""
         return type(self.layout) in (Layout, TransposedLayout)
 
     @property
@@ -77,10 +77,10 @@ class Weight:
     parameter: str = "weight"
     name: str = ""
     """Name below the module; empty where the module itself is meant."""
-    reads_weight: bool = False
+    weight_only: bool = False
     bias: str = ""
     bias_start: int = 0
-    fresh: bool = False
+    owns_output: bool = False
 
 
 @singledispatch
@@ -89,7 +89,7 @@ def weights_of(module: nn.Module) -> tuple[Weight, ...]:
     if (conv1d := hf_conv1d()) and isinstance(module, conv1d):
         size_in, size_out = module.get_parameter("weight").shape
         layout = TransposedLayout(size_out, size_in)
-        return (Weight(layout, bias="bias", fresh=type(module).forward is conv1d.forward),)
+        return (Weight(layout, bias="bias", owns_output=type(module).forward is conv1d.forward),)
     return ()
 
 
@@ -97,7 +97,7 @@ def weights_of(module: nn.Module) -> tuple[Weight, ...]:
 def _(module: nn.Linear) -> tuple[Weight, ...]:
     layout = Layout(module.out_features, module.in_features)
     # A subclass may return anything, such as the output of an activation, which the activation's backward reads.
-    return (Weight(layout, bias=_bias(module), fresh=type(module).forward is nn.Linear.forward),)
+    return (Weight(layout, bias=_bias(module), owns_output=type(module).forward is nn.Linear.forward),)
 
 
 @weights_of.register
@@ -171,8 +171,8 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
                 module=module,
                 parameter=weight.parameter,
                 layout=weight.layout,
-                reads_weight=weight.reads_weight,
+                weight_only=weight.weight_only,
                 bias=weight.bias,
                 bias_start=weight.bias_start,
-                fresh=weight.fresh,
+                owns_output=weight.owns_output,
             )

@@ -23,7 +23,7 @@ def find_norms(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether ``module`` is a norm that has parameters."""
+    """True if ``module`` is a norm that has parameters."""
     parameters = dict(module.named_parameters(recurse=False))
     if not parameters or isinstance(module, _TORCH):
         return bool(parameters)

@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.hosts import find_hosts
 from lightning_peft.network.norms import is_norm
-from lightning_peft.network.quantized.weights import is_quantised
+from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import base_modules, join, leaf, parent, within
 
 KINDS = ("weight", "bias", "norm", "embedding")
@@ -101,15 +101,15 @@ def check_trainable(tensor: Tensor, name: str) -> None:
     """Raise unless a copy of ``tensor`` could train.
 
     Raises:
-        NotApplicableError: it is quantised, complex, or not there yet (a lazy layer).
+        NotApplicableError: it is quantized, complex, or not there yet (a lazy layer).
     """
     if isinstance(tensor, UninitializedParameter):
         raise NotApplicableError(f"'{name}' has no values yet (a lazy layer). Run one batch through the model first.")
-    packed = is_quantised(tensor)
+    packed = is_quantized(tensor)
     if packed or not tensor.is_floating_point():
         raise NotApplicableError(
             f"'{name}' cannot be trained: it is {type(tensor).__name__ if packed else tensor.dtype}, as after "
-            "quantisation. Leave it out, or train an adapter beside it (LoRA)."
+            "quantization. Leave it out, or train an adapter beside it (LoRA)."
         )
 
 
@@ -119,9 +119,9 @@ def count(parameters: Iterable[BaseParameter]) -> int:
     return sum(sizes.values())
 
 
-def outside(parameters: Iterable[BaseParameter], saved: Sequence[str]) -> list[BaseParameter]:
-    """Those of ``parameters`` that are not trained whole with one of the modules ``saved``."""
-    return [p for p in parameters if not within(p.layer, saved)]
+def outside(parameters: Iterable[BaseParameter], fully_trained: Sequence[str]) -> list[BaseParameter]:
+    """Those of ``parameters`` that are not fully trained with one of the modules ``fully_trained``."""
+    return [p for p in parameters if not within(p.layer, fully_trained)]
 
 
 def _kinds(module: nn.Module, name: str, tensor: nn.Parameter, tables: set[int]) -> frozenset[str]:
@@ -132,4 +132,4 @@ def _kinds(module: nn.Module, name: str, tensor: nn.Parameter, tables: set[int])
         kinds.add("norm")
     if id(tensor) in tables:
         kinds.add("embedding")
-    return frozenset(kinds or ({"weight"} if tensor.dim() > 1 or is_quantised(tensor) else ()))
+    return frozenset(kinds or ({"weight"} if tensor.dim() > 1 or is_quantized(tensor) else ()))

@@ -19,7 +19,7 @@ def select_parameters(
     targets: Patterns = None,
     exclude: Patterns = None,
     layers: Sequence[int] | None = None,
-    saved: Sequence[str] = (),
+    fully_trained: Sequence[str] = (),
     kinds: Collection[str] | None = None,
     names: Sequence[str] | None = None,
 ) -> list[BaseParameter]:
@@ -34,15 +34,15 @@ def select_parameters(
             roles, "norm" and "embedding", and regular expressions.
         exclude: layers to leave out, by the same patterns.
         layers: indices in the outermost numbered container; negative ones count from its end.
-        saved: paths of modules that are trained whole; nothing below them is chosen.
+        fully_trained: paths of modules that are fully trained; nothing below them is chosen.
         kinds: which of :data:`~lightning_peft.network.parameters.KINDS`; None for all, those without a kind included.
         names: suffixes or regular expressions for the ends of the parameters' names; None for all.
 
     Raises:
-        NotApplicableError: the model has no parameter of these kinds, or a named layer has none, or one is quantised.
+        NotApplicableError: the model has no parameter of these kinds, or a named layer has none, or one is quantized.
         TargetError: a pattern or an index matches nothing, or nothing is left.
     """
-    scope = _Scope(model, saved, exclude)
+    scope = _Scope(model, fully_trained, exclude)
     candidates = [p for p in scope.free if kinds is None or not p.kinds.isdisjoint(kinds)]
     if not candidates:
         elsewhere = any(kinds is None or not p.kinds.isdisjoint(kinds) for p in scope.every)
@@ -81,21 +81,21 @@ def select_parameters(
 
 
 def readers_of(
-    tensor: nn.Parameter, model: nn.Module, exclude: Patterns = None, saved: Sequence[str] = ()
+    tensor: nn.Parameter, model: nn.Module, exclude: Patterns = None, fully_trained: Sequence[str] = ()
 ) -> list[BaseParameter]:
-    """Every module that reads ``tensor``, but for those that are trained whole or excluded."""
-    scope = _Scope(model, saved, exclude)
+    """Every module that reads ``tensor``, but for those that are fully trained or excluded."""
+    scope = _Scope(model, fully_trained, exclude)
     return [p for p in scope.free if p.tensor is tensor and p in scope]
 
 
 class _Scope:
     """What of a model may be chosen at all."""
 
-    def __init__(self, model: nn.Module, saved: Sequence[str], exclude: Patterns) -> None:
+    def __init__(self, model: nn.Module, fully_trained: Sequence[str], exclude: Patterns) -> None:
         self.every = find_parameters(model)
-        self.free = outside(self.every, saved)
+        self.free = outside(self.every, fully_trained)
         self.layers = list(dict.fromkeys(p.layer for p in self.free))
-        self.roles = find_roles([host for host in find_hosts(model) if not within(host.name, saved)])
+        self.roles = find_roles([host for host in find_hosts(model) if not within(host.name, fully_trained)])
         self.roles |= {kind: {p.layer for p in self.free if kind in p.kinds} for kind in COMPONENTS}
         # "norm" means every norm, also where one layer has that very name.
         patterns = list(each_pattern(exclude))
@@ -120,7 +120,7 @@ class _Scope:
             return matched
         if any(f".{pattern}." in f".{p.layer}." for p in self.every):
             raise TargetError(
-                f"target_modules: {pattern!r} is trained whole already (modules_to_save). Take it out of one of them."
+                f"target_modules: {pattern!r} is fully trained already (modules_to_save). Take it out of one of them."
             )
         if pattern in ("query", "key", "value") and roles["fused"]:
             raise TargetError(

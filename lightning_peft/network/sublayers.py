@@ -20,7 +20,7 @@ from lightning_peft.network.blocks import PROJECTIONS, Block, find_blocks
 from lightning_peft.network.calls import first_input, first_output
 from lightning_peft.network.hosts import Host, find_hosts
 from lightning_peft.network.norms import find_norms
-from lightning_peft.network.quantized.weights import is_quantised
+from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import below, leaf, parent, within
 
 
@@ -39,10 +39,10 @@ class Sublayer:
     norm: str = ""
     """The sublayer's norm; empty where it has none at its start or behind the sum, or where that could not be told."""
     pre: bool | None = None
-    """Whether the sublayer, through its norm if it has one, reads the stream (pre-LN), or its norm reads the sum
-    (post-LN); None: unknown."""
+    """True if the sublayer, through its norm if it has one, reads the stream (pre-LN); False if its norm reads the sum
+    (post-LN); None if unknown."""
     last: bool = False
-    """Whether it is the block's last, so that the sum is the block's output."""
+    """True if it is the block's last, so that the sum is the block's output."""
 
 
 def find_sublayers(model: nn.Module) -> list[Sublayer]:
@@ -83,25 +83,25 @@ def _sublayers(
     found[sublayer] = {hosts[name].path for name in block.ffn}
     inside = set().union(*found.values())
     own = [path for path, norm in norms if within(path, [block.path]) and norm.get_parameter("weight").numel() == width]
-    look = _Look(block.path, [*own, *inside])
-    look.run(model.get_submodule(block.path), width, any(s.kind == "cross-attention" for s in found), weightless)
-    return (look.finished and _by_calls(found, own, look)) or _by_definition(list(found), own, inside, look)
+    trace = BlockTrace(block.path, [*own, *inside])
+    trace.run(model.get_submodule(block.path), width, any(s.kind == "cross-attention" for s in found), weightless)
+    return (trace.finished and _by_calls(found, own, trace)) or _by_definition(list(found), own, inside, trace)
 
 
-def _by_calls(found: dict[Sublayer, set[str]], norms: Sequence[str], look: "_Look") -> list[Sublayer]:
+def _by_calls(found: dict[Sublayer, set[str]], norms: Sequence[str], trace: "BlockTrace") -> list[Sublayer]:
     """The sublayers in the order of their calls, each with its norm; empty if they do not come one after the other."""
     spans = {}
     for sublayer, linears in found.items():
-        at = [i for i, name in enumerate(look.calls) if name in linears]
+        at = [i for i, name in enumerate(trace.calls) if name in linears]
         if not at:
             return []
         spans[sublayer] = min(at), max(at)
     order = sorted(spans, key=lambda s: spans[s])
-    edges = [-1, *(edge for s in order for edge in spans[s]), len(look.calls)]
+    edges = [-1, *(edge for s in order for edge in spans[s]), len(trace.calls)]
     if any(a > b for a, b in pairwise(edges)):
         return []
     # The norms before, between and behind the sublayers; those inside of one normalise queries and the like.
-    gaps = [[n for n in look.calls[a + 1 : b] if n in norms] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    gaps = [[n for n in trace.calls[a + 1 : b] if n in norms] for a, b in zip(edges[::2], edges[1::2], strict=True)]
     sizes = [len(gap) for gap in gaps]
     between = set(sizes[1:-1])
     told: list[tuple[str, str, bool | None]]
@@ -111,13 +111,13 @@ def _by_calls(found: dict[Sublayer, set[str]], norms: Sequence[str], look: "_Loo
         told = [(a[-1], b[0], True) for a, b in pairwise(gaps)]
     elif (sizes[0], sizes[-1]) == (0, 1) and between <= {1}:
         told = [
-            ("", gap[0], True) if look.reads(gap[0], s.output) else (gap[0], s.output, False)
+            ("", gap[0], True) if trace.reads(gap[0], s.output) else (gap[0], s.output, False)
             for s, gap in zip(order, gaps[1:], strict=True)
         ]
     elif sizes[-1] == 0 and max(sizes) == 1:
         told = []
         for s, gap in zip(order, gaps[:-1], strict=True):
-            shared = told[-1][0] if told and any(look.reads(name, told[-1][0]) for name in found[s]) else ""
+            shared = told[-1][0] if told and any(trace.reads(name, told[-1][0]) for name in found[s]) else ""
             told.append((gap[0] if gap else shared, s.output, True))
     else:
         told = [("", s.output, None) for s in order]
@@ -127,13 +127,15 @@ def _by_calls(found: dict[Sublayer, set[str]], norms: Sequence[str], look: "_Loo
     ]
 
 
-def _by_definition(found: Sequence[Sublayer], norms: Sequence[str], inside: set[str], look: "_Look") -> list[Sublayer]:
+def _by_definition(
+    found: Sequence[Sublayer], norms: Sequence[str], inside: set[str], trace: "BlockTrace"
+) -> list[Sublayer]:
     """The sublayers with the norms in the order in which the block defines both."""
     leaves = set().union(*PROJECTIONS.values())
     # The norms of single heads sit beside the projections.
     projecting = {parent(path) for path in inside if leaf(path) in leaves} - {found[0].block}
     norms = [path for path in norms if parent(path) not in projecting]
-    pre = look.calls[0] in norms if look.calls else None
+    pre = trace.calls[0] in norms if trace.calls else None
     pairs = [("", s.output) for s in found]
     if len(norms) == len(found):
         pairs = [(norm, s.output) for norm, s in zip(norms, found, strict=True)]
@@ -147,7 +149,7 @@ def _by_definition(found: Sequence[Sublayer], norms: Sequence[str], inside: set[
     ]
 
 
-class _Look:
+class BlockTrace:
     """Which of some modules a block calls, in which order, and what they hand to each other."""
 
     def __init__(self, path: str, names: Sequence[str]) -> None:
@@ -182,7 +184,7 @@ class _Look:
             self.finished = True
 
     def reads(self, name: str, other: str) -> bool:
-        """Whether what entered ``name`` is what ``other`` put out, unchanged."""
+        """True if what entered ``name`` is what ``other`` put out, unchanged."""
         (entered, now), (left, then) = self._entered.get(name, (None, 0)), self._left.get(other, (None, 0))
         if not (isinstance(entered, Tensor) and isinstance(left, Tensor)):
             return False
@@ -205,7 +207,7 @@ class _Look:
 
 
 def _weightless(tensor: Tensor) -> Any:
-    if is_quantised(tensor):  # which need not know empty_like
+    if is_quantized(tensor):  # which need not know empty_like
         empty = torch.empty(tensor.shape, device="meta", dtype=tensor.dtype)
     else:
         empty = torch.empty_like(tensor, device="meta", requires_grad=False)

@@ -23,7 +23,7 @@ def select_hosts(
     targets: list[str] | str,
     exclude: Patterns = None,
     layers: Sequence[int] | None = None,
-    saved: Sequence[str] = (),
+    fully_trained: Sequence[str] = (),
 ) -> list[Host]:
     """Choose the hosts that a method adapts.
 
@@ -33,7 +33,7 @@ def select_hosts(
             roles, or one regular expression for the whole name.
         exclude: name parts (``"pooler"`` drops all below any module of that name), roles, or one regular expression.
         layers: indices in the outermost numbered container; negative ones count from its end.
-        saved: paths of modules that are trained whole; nothing below them is chosen.
+        fully_trained: paths of modules that are fully trained; nothing below them is chosen.
 
     Raises:
         TargetError: one of the patterns or indices matches nothing, or nothing is left.
@@ -41,7 +41,7 @@ def select_hosts(
     hosts: list[Host] = []
     whole: list[Host] = []
     for host in find_hosts(model):
-        (whole if within(host.name, saved) else hosts).append(host)
+        (whole if within(host.name, fully_trained) else hosts).append(host)
     roles = {} if targets == ALL_LINEAR and exclude is None else find_roles(hosts)
     if targets == ALL_LINEAR:
         head = outside_base(model)
@@ -62,7 +62,7 @@ def select_modules(
     targets: list[str] | str,
     exclude: Patterns = None,
     layers: Sequence[int] | None = None,
-    saved: Sequence[str] = (),
+    fully_trained: Sequence[str] = (),
 ) -> list[str]:
     """Choose modules of any kind by name suffix, role or one regular expression; the rest as :func:`select_hosts`.
 
@@ -87,7 +87,7 @@ def select_modules(
             )
         chosen |= {runs[name] for name in names}
     left = narrow(chosen, list(runs), exclude, layers, roles)
-    inside = [runs[name] for name in left if not within(runs[name], saved)]
+    inside = [runs[name] for name in left if not within(runs[name], fully_trained)]
     if not inside:
         raise TargetError(
             f"Nothing to adapt: target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r} and "
@@ -172,7 +172,7 @@ def pattern_value(patterns: dict[str, T], name: str, default: T) -> T:
 
 
 def matches_end(pattern: str, name: str) -> bool:
-    """Whether ``pattern``, read as a regular expression, matches ``name`` or ends it at a dot."""
+    """True if ``pattern``, read as a regular expression, matches ``name`` or ends it at a dot."""
     return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
 
 
@@ -188,7 +188,7 @@ def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]
     if not matched:
         if any(_ends_with(host.name, pattern) for host in whole):
             raise TargetError(
-                f"target_modules: {pattern!r} is trained whole already (modules_to_save). Take it out of one of the "
+                f"target_modules: {pattern!r} is fully trained already (modules_to_save). Take it out of one of the "
                 "two; modules_to_save=None trains nothing whole."
             )
         if pattern in ("query", "key", "value") and roles["fused"]:

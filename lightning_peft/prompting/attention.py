@@ -132,7 +132,7 @@ def attend(
 
 
 def routes_attention(module: nn.Module) -> bool:
-    """Whether ``module`` is an attention of transformers that looks up its function."""
+    """True if ``module`` is an attention of transformers that looks up its function."""
     return "config" in vars(module) and "ALL_ATTENTION_FUNCTIONS" in code_names(module)
 
 

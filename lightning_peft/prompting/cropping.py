@@ -39,7 +39,7 @@ class NamedOutput(InputAdapter):
 class PlainOutput(OutputAdapter):
     """Turns the output back into a tuple, where the caller wants one."""
 
-    depth = -1  # when all is cut
+    nesting = -1  # when all is cut
 
     def __init__(self, plain: Tap) -> None:
         super().__init__()

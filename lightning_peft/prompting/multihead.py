@@ -41,7 +41,7 @@ class PrefixedMultihead(InputAdapter):
         tap: shared with a :class:`MultiheadOutput` on the same host, and with every other prefix there.
     """
 
-    depth = 1  # behind it, the host is called with one token
+    nesting = 1  # behind it, the host is called with one token
 
     def __init__(self, prefix: nn.Module, host: nn.MultiheadAttention, tap: Tap) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class PrefixedMultihead(InputAdapter):
 class MultiheadOutput(OutputAdapter):
     """Computes the call that :class:`PrefixedMultihead` put off: the first of them that of all prefixes."""
 
-    depth = 1
+    nesting = 1
 
     def __init__(self, host: nn.MultiheadAttention, tap: Tap) -> None:
         super().__init__()

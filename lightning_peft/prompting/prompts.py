@@ -121,7 +121,7 @@ def _place_prompt(
 class PromptInput(InputAdapter):
     """Makes room for the virtual tokens in everything that the model is called with."""
 
-    whole_rows = True  # they stand before a row
+    needs_whole_sequences = True  # they stand before a row
 
     def __init__(self, prompt: nn.Module, size: int, pretrained: Any, vectors: Tap, lengths: Tap, room: Any) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class PromptInput(InputAdapter):
 class PromptEmbedding(OutputAdapter):
     """Puts the vectors where the placeholders were."""
 
-    depth = -1  # behind every other adapter of the embedding: the vectors are learned as they are
+    nesting = -1  # behind every other adapter of the embedding: the vectors are learned as they are
 
     def __init__(self, prompt: nn.Module, size: int, placeholder: int, vectors: Tap) -> None:
         super().__init__()

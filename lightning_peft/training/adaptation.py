@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_peft.checkpoints.ckpt import RECORD, attach_recorded, has_adapters
+from lightning_peft.checkpoints.ckpt import METADATA_KEY, attach_metadata, has_adapters
 from lightning_peft.core.method import Method
 from lightning_peft.errors import AdapterNameError, CheckpointError
 from lightning_peft.injection.inject import inject
@@ -29,11 +29,11 @@ from lightning_peft.training.continuing import continue_adapter
 from lightning_peft.training.trainer import check_comes_back, check_trainer, make_files_safe, renew_copies
 
 FrozenMode = Literal["train", "eval"]
-_INTENT = "_peft_intent"
+_SETUP = "_peft_setup"
 
 
 @dataclass
-class Intent:
+class AdapterSetup:
     """What is to become of a module; several PEFTCallbacks share one."""
 
     methods: dict[str, Method | None] = field(default_factory=dict)
@@ -45,17 +45,17 @@ class Intent:
     """Files that adapters start from, by the adapter's name."""
     watch: GradientWatch | None = None
     fitting: bool = False
-    """Whether ``fit`` is past its start."""
+    """True if ``fit`` is past its start."""
 
 
 class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[misc]
-    """The hooks of a LightningModule with adapters, put before the module's own class by :func:`adapt`."""
+    """The hooks of a LightningModule with adapters, put before the module's own class by :func:`prepare_module`."""
 
     def setup(self, stage: str) -> None:
         """Set the module up, then attach what waits."""
         super().setup(stage)
         if not is_overridden("configure_model", self):
-            attach(self)
+            inject_pending(self)
 
     def on_fit_start(self) -> None:
         """Refuse to train what no optimizer or no checkpoint holds."""
@@ -64,31 +64,31 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
             check_still_there(self)
             check_all_is_saved(self)
             check_optimizers(self.trainer, self)
-            check_content(self, intent_of(self).checkpoint)
+            check_content(self, setup_of(self).checkpoint)
             self._stop_watching()  # an earlier fit may have been interrupted
-            intent_of(self).watch = GradientWatch(self, self.trainer.optimizers)
-        intent_of(self).fitting = True
+            setup_of(self).watch = GradientWatch(self, self.trainer.optimizers)
+        setup_of(self).fitting = True
 
     def on_train_start(self) -> None:
         """Put the base into its mode; not sooner, since Lightning warns of modules in eval mode when a fit starts."""
         super().on_train_start()
-        if intent_of(self).frozen_mode == "eval":
+        if setup_of(self).frozen_mode == "eval":
             _hold_in_eval(self)
 
     def on_after_backward(self) -> None:
         """Raise after the first backward if an adapter got no gradient."""
         super().on_after_backward()
-        watch = intent_of(self).watch
+        watch = setup_of(self).watch
         if watch and self.automatic_optimization:
-            intent_of(self).watch = None
+            setup_of(self).watch = None
             watch.check()
 
     def on_train_epoch_end(self) -> None:
         """The same in manual optimization, where an optimizer may have its turn only every few batches."""
         super().on_train_epoch_end()
-        watch = intent_of(self).watch
+        watch = setup_of(self).watch
         if watch and watch.check_stepped():
-            intent_of(self).watch = None
+            setup_of(self).watch = None
 
     def on_fit_end(self) -> None:
         """Leave no hook behind, though an optimizer has never had its turn."""
@@ -96,15 +96,15 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
         self._stop_watching()
 
     def _stop_watching(self) -> None:
-        intent = intent_of(self)
-        watch, intent.watch = intent.watch, None
+        setup = setup_of(self)
+        watch, setup.watch = setup.watch, None
         if watch:
             watch.stop()
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; with ``frozen_mode="eval"`` what is frozen stays in eval."""
         super().train(mode)
-        if intent_of(self).frozen_mode == "eval":
+        if setup_of(self).frozen_mode == "eval":
             _hold_in_eval(self)
         return self
 
@@ -115,18 +115,18 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
             check_all_is_saved(self)
             # The callbacks that search for a learning rate or a batch size save before the start, to go back there.
             searching = (
-                bool(self._trainer) and self.trainer.state.fn == TrainerFn.FITTING and not intent_of(self).fitting
+                bool(self._trainer) and self.trainer.state.fn == TrainerFn.FITTING and not setup_of(self).fitting
             )
-            keep_content(self, checkpoint, "adapter" if searching else intent_of(self).checkpoint)
+            keep_content(self, checkpoint, "adapter" if searching else setup_of(self).checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Attach what the checkpoint holds, or check that it fits what is attached."""
         super().on_load_checkpoint(checkpoint)
-        if RECORD in checkpoint:
+        if METADATA_KEY in checkpoint:
             _check_resumable(self, checkpoint)
-            attach_recorded(self, checkpoint[RECORD], checkpoint.get("state_dict", {}))
+            attach_metadata(self, checkpoint[METADATA_KEY], checkpoint.get("state_dict", {}))
             if "current_model_state" in checkpoint:  # WeightAveraging's: what trained on, beside the averages
-                attach_recorded(self, checkpoint[RECORD], checkpoint["current_model_state"])
+                attach_metadata(self, checkpoint[METADATA_KEY], checkpoint["current_model_state"])
         elif has_adapters(self):
             raise CheckpointError(
                 "This checkpoint holds no adapter; it looks like a full checkpoint of the base model. To start from "
@@ -136,7 +136,7 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
 
     def on_last_adapter_removed(self) -> None:
         """Be the user's own class again once everything is merged or removed."""
-        self.__dict__.pop(_INTENT, None)
+        self.__dict__.pop(_SETUP, None)
         original = getattr(type(self), "_peft_original", None)
         if original and not getattr(original, "always_adapted", False):
             self.__class__ = original
@@ -153,7 +153,7 @@ class AdaptedLate(Adapted):
         """Build the network, then attach what waits."""
         super().configure_model()
         if self._current_fx_name != "setup":  # WeightAveraging calls it before its time
-            attach(self)
+            inject_pending(self)
 
 
 def adapted_class(cls: Any) -> type:
@@ -168,7 +168,7 @@ def _subclass(cls: Any) -> type:
     return type(cls.__name__, (hooks, cls), {**names, "_peft_original": cls})
 
 
-def adapt(
+def prepare_module(
     module: nn.Module, name: str, method: Method | None, source: str | Path | None = None, **options: Any
 ) -> None:
     """Make ``module`` carry adapters, and let ``method`` wait until its network is built.
@@ -178,28 +178,28 @@ def adapt(
         name: the adapter's name.
         method: what to inject.
         source: the file that the adapter starts from.
-        options: other fields of :class:`Intent`.
+        options: other fields of :class:`AdapterSetup`.
     """
     module.__class__ = adapted_class(type(module))
-    before = intent_of(module)
+    before = setup_of(module)
     sources = {**before.sources, name: source} if source else before.sources
-    module.__dict__[_INTENT] = Intent(methods={**before.methods, name: method}, sources=sources, **options)
+    module.__dict__[_SETUP] = AdapterSetup(methods={**before.methods, name: method}, sources=sources, **options)
 
 
-def intent_of(module: nn.Module) -> Intent:
+def setup_of(module: nn.Module) -> AdapterSetup:
     """What is to become of ``module``."""
-    return module.__dict__.setdefault(_INTENT, Intent())
+    return module.__dict__.setdefault(_SETUP, AdapterSetup())
 
 
-def attach(module: L.LightningModule) -> None:
+def inject_pending(module: L.LightningModule) -> None:
     """Attach the methods that wait. Attached ones are left as they are, so every stage may call this.
 
     Raises:
         AdapterNameError: another method is attached under that name.
         PEFTError: the network was built anew, so trained adapters would be lost.
     """
-    intent, trainer = intent_of(module), module._trainer
-    if trainer and (intent.methods or has_adapters(module)):
+    setup, trainer = setup_of(module), module._trainer
+    if trainer and (setup.methods or has_adapters(module)):
         check_trainer(trainer)
         make_files_safe(trainer)
         # A plugin that replaces layers (BitsandbytesPrecision) would do so in strategy.setup, and drop their adapters.
@@ -207,20 +207,20 @@ def attach(module: L.LightningModule) -> None:
     check_still_there(module)
     own = registry_of(module)
     attached = own.attachments if own else {}
-    for name in attached.keys() & intent.methods.keys():
-        if (wanted := intent.methods[name]) and attached[name].method.to_config() != wanted.to_config():
+    for name in attached.keys() & setup.methods.keys():
+        if (wanted := setup.methods[name]) and attached[name].method.to_config() != wanted.to_config():
             raise AdapterNameError(
                 f"{type(module).__name__} has an adapter {name!r} already, {attached[name].method}, and PEFTCallback "
                 f"asks for {wanted}. Give the new one another name, or remove(model, {name!r}) first."
             )
-    if intent.base_weights and not has_adapters(module):
-        load_base_weights(module, intent.base_weights)
-    waiting = {name: method for name, method in intent.methods.items() if name not in attached}
+    if setup.base_weights and not has_adapters(module):
+        load_base_weights(module, setup.base_weights)
+    waiting = {name: method for name, method in setup.methods.items() if name not in attached}
     if trainer and waiting:
         check_comes_back(trainer)
     for name, method in waiting.items():
-        if name in intent.sources:
-            continue_adapter(module, intent.sources[name], name, method)
+        if name in setup.sources:
+            continue_adapter(module, setup.sources[name], name, method)
         else:
             inject(module, method, name)  # type: ignore[arg-type]
     if trainer and waiting:
@@ -237,11 +237,11 @@ def _check_resumable(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def _hold_in_eval(module: nn.Module) -> None:
-    """Put the frozen base of ``module`` into eval mode: all but itself, the adapters and what is trained whole."""
+    """Put the frozen base of ``module`` into eval mode: all but itself, the adapters and what is fully trained."""
     whole: set[int] = {id(module)}
     for _, owner, registry in registries(module):
         for attachment in registry.attachments.values():
-            for path in attachment.saved:
+            for path in attachment.fully_trained:
                 whole.update(map(id, owner.get_submodule(path).modules()))
     for _, below in base_modules(module):
         if id(below) not in whole:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_peft.core.method import Method
 from lightning_peft.errors import ConfigError
 from lightning_peft.injection.report import report
-from lightning_peft.training.adaptation import FrozenMode, adapt
+from lightning_peft.training.adaptation import FrozenMode, prepare_module
 from lightning_peft.training.contents import Content
 from lightning_peft.training.trainer import check_trainer
 
@@ -84,7 +84,7 @@ class PEFTCallback(L.Callback):
                     f"The PEFTCallbacks {self.name!r} and {other.name!r} train one module and must agree, and say "
                     f"{self.options} and {other.options}."
                 )
-        adapt(pl_module, self.name, self.method, self.init_from, **self.options)
+        prepare_module(pl_module, self.name, self.method, self.init_from, **self.options)
 
     @override
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -43,7 +43,7 @@ def check_all_is_saved(module: nn.Module) -> None:
         raise PEFTError(
             f"{len(lost)} parameters train that belong to no adapter, first '{lost[0]}': an adapter checkpoint would "
             f"lose them. Inject on {type(module).__name__} itself, which freezes all of it, and name what is to be "
-            "trained whole in modules_to_save; nothing may unfreeze the base afterwards."
+            "fully trained in modules_to_save; nothing may unfreeze the base afterwards."
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.checkpoints.ckpt import RECORD, adapter_keys, record
+from lightning_peft.checkpoints.ckpt import METADATA_KEY, adapter_keys, metadata
 from lightning_peft.injection.registry import registries
 from lightning_peft.merging.merge import merged
 from lightning_peft.network.walk import plain_name
@@ -44,7 +44,7 @@ def keep_content(module: nn.Module, checkpoint: dict[str, Any], content: Content
         base = module.state_dict(keep_vars=True).keys() - adapter_keys(module)
         checkpoint.update(_without(checkpoint, base))
     checkpoint["state_dict"] = {plain_name(key): value for key, value in checkpoint["state_dict"].items()}
-    checkpoint[RECORD] = record(module)
+    checkpoint[METADATA_KEY] = metadata(module)
 
 
 def _without(value: Any, keys: Set[str]) -> Any:

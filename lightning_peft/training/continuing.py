@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_peft.checkpoints.ckpt import RECORD, prepare_recorded
+from lightning_peft.checkpoints.ckpt import METADATA_KEY, prepare_metadata
 from lightning_peft.checkpoints.directory import read_directory
 from lightning_peft.checkpoints.save_load import prepare
 from lightning_peft.core.method import Method
@@ -30,9 +30,9 @@ def continue_adapter(module: nn.Module, path: str | Path, name: str, method: Met
         injection = prepare(module, read_directory(path), name)
     else:
         checkpoint = read_checkpoint(path)
-        if RECORD not in checkpoint:
+        if METADATA_KEY not in checkpoint:
             raise CheckpointError(f"{path} holds no adapter; it looks like a full checkpoint: see base_weights.")
-        injection = prepare_recorded(module, checkpoint[RECORD], checkpoint["state_dict"], name)
+        injection = prepare_metadata(module, checkpoint[METADATA_KEY], checkpoint["state_dict"], name)
     if method is not None and injection.method.to_config() != method.to_config():
         raise ConfigError(
             f"init_from={str(path)!r} is an adapter of {injection.method}, and PEFTCallback asks for {method}. Leave "

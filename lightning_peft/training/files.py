@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.checkpoints.checksum import checksum
-from lightning_peft.checkpoints.ckpt import RECORD
+from lightning_peft.checkpoints.ckpt import METADATA_KEY
 from lightning_peft.checkpoints.files import replaced_whole
 from lightning_peft.checkpoints.guard import check_bounds
 from lightning_peft.errors import CheckpointError
@@ -90,8 +90,8 @@ class SafeCheckpointIO(CheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, *args: Any, **kwargs: Any) -> None:
-        if RECORD in checkpoint:
-            checkpoint = {**checkpoint, RECORD: {**checkpoint[RECORD], _CHECKSUM: checksum(checkpoint)}}
+        if METADATA_KEY in checkpoint:
+            checkpoint = {**checkpoint, METADATA_KEY: {**checkpoint[METADATA_KEY], _CHECKSUM: checksum(checkpoint)}}
         if type(self.inner) is TorchCheckpointIO and "://" not in str(path):
             with replaced_whole(Path(path)) as temporary:
                 self.inner.save_checkpoint(checkpoint, temporary, *args, **kwargs)
@@ -152,13 +152,13 @@ def _checked(path: object, checkpoint: Any) -> dict[str, Any]:
 
 
 def _check_sum(path: object, checkpoint: dict[str, Any]) -> None:
-    record = checkpoint.get(RECORD)
+    record = checkpoint.get(METADATA_KEY)
     if isinstance(record, dict) and _CHECKSUM in record:
-        written = {**checkpoint, RECORD: {key: value for key, value in record.items() if key != _CHECKSUM}}
+        written = {**checkpoint, METADATA_KEY: {key: value for key, value in record.items() if key != _CHECKSUM}}
         if checksum(written) != record[_CHECKSUM]:
             raise CheckpointError(
                 f"{path} is not what was written: its checksum differs, so it was damaged or edited. Use another copy; "
-                f"to accept an edit of your own, delete checkpoint['{RECORD}']['{_CHECKSUM}'] and save it again."
+                f"to accept an edit of your own, delete checkpoint['{METADATA_KEY}']['{_CHECKSUM}'] and save it again."
             )
 
 
@@ -166,7 +166,7 @@ def _check_version(path: object, checkpoint: dict[str, Any]) -> None:
     # Lightning brings files of older versions up to date first thing, wherever in them that leads.
     version: Any = checkpoint.get(_VERSION)
     try:
-        old = Version(version) < Version("2.0") and RECORD in checkpoint
+        old = Version(version) < Version("2.0") and METADATA_KEY in checkpoint
     except (InvalidVersion, TypeError):
         raise CheckpointError(f"{path}: {_VERSION!r} of this file is damaged: {version!r} is no version.") from None
     if old:

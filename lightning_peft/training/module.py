@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from lightning_peft.checkpoints.ckpt import RECORD, attach_recorded
+from lightning_peft.checkpoints.ckpt import METADATA_KEY, attach_metadata
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
 from lightning_peft.merging.merge import merge
 from lightning_peft.training.adaptation import adapted_class
@@ -130,7 +130,7 @@ def load_from_checkpoint(
         CheckpointError: the file cannot be read, holds no adapter, or does not fit.
     """
     checkpoint = read_checkpoint(ckpt_path)
-    if RECORD not in checkpoint:
+    if METADATA_KEY not in checkpoint:
         raise CheckpointError(
             f"{ckpt_path} holds no adapter; it looks like a full checkpoint: use {cls.__name__}.load_from_checkpoint."
         )
@@ -144,7 +144,7 @@ def load_from_checkpoint(
     if base_weights is not None:
         load_base_weights(module, base_weights)
     state: dict[str, Tensor] = checkpoint["state_dict"]
-    attach_recorded(module, checkpoint[RECORD], state)
+    attach_metadata(module, checkpoint[METADATA_KEY], state)
     module.__class__ = adapted_class(type(module))
     module.load_state_dict(state)
     return module
@@ -153,7 +153,7 @@ def load_from_checkpoint(
 def _without_adapters(cls: type[ModuleT], checkpoint: dict[str, Any], kwargs: dict[str, Any]) -> ModuleT:
     """The module as Lightning makes it of the checkpoint's hyperparameters; the adapters' tensors are passed over."""
     file = BytesIO()
-    torch.save({key: value for key, value in checkpoint.items() if key != RECORD}, file)
+    torch.save({key: value for key, value in checkpoint.items() if key != METADATA_KEY}, file)
     file.seek(0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Found keys that are (not )?in the model state dict")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_peft import BottleneckAdapter, Combine, LoRA, Method, PrefixTuning, inject, load_adapter, save_adapter
 from lightning_peft.checkpoints import files
 from lightning_peft.checkpoints.ckpt import adapter_state
-from lightning_peft.checkpoints.directory import RECORD, TENSORS, TRAINED
+from lightning_peft.checkpoints.directory import MANIFEST, TENSORS, TRAINED
 from lightning_peft.checkpoints.guard import check_bounds
 from lightning_peft.core.peft_form import CONFIG
 from lightning_peft.errors import PEFTError
@@ -56,10 +56,10 @@ def written(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[
 
 def sealed_anew(path: Path) -> None:
     """Make the checksums those of the files, as an attacker would."""
-    record = json.loads((path / RECORD).read_text())
+    record = json.loads((path / MANIFEST).read_text())
     if isinstance(record, dict):
         contents = {name: (path / name).read_bytes() for name in (CONFIG, TENSORS, TRAINED) if (path / name).exists()}
-        (path / RECORD).write_bytes(files.to_json(files.sealed(record, contents), indent=None))
+        (path / MANIFEST).write_bytes(files.to_json(files.with_checksums(record, contents), indent=None))
 
 
 def damaged(whole: Path, path: Path, seed: int, count: int) -> Iterator[str]:
@@ -85,7 +85,7 @@ def damaged(whole: Path, path: Path, seed: int, count: int) -> Iterator[str]:
             if total == "made anew":
                 sealed_anew(path)
             elif total == "record gone" and not (path / TRAINED).exists():  # peft has another adapter then
-                (path / RECORD).unlink()
+                (path / MANIFEST).unlink()
         except Exception:  # such a file cannot be written
             continue
         if total == "record gone" and what.endswith(("fp16", "bf16")):  # as many directories of peft are
@@ -135,12 +135,12 @@ def test_damaged_directories_are_refused_or_equal(written, chunk):
 @pytest.mark.parametrize("written", ["prefix, with its MLP"], indirect=True)
 def test_a_huge_number_is_refused_before_anything_is_allocated(written, value, field, by_peft):
     path, _ = written
-    file = path / (CONFIG if by_peft else RECORD)
+    file = path / (CONFIG if by_peft else MANIFEST)
     content = json.loads(file.read_text())
     (content if by_peft else content["method"])[field] = value
     file.write_text(json.dumps(content))
     if by_peft:
-        (path / RECORD).unlink()
+        (path / MANIFEST).unlink()
     else:
         sealed_anew(path)
     model, before = base(), peak_memory()

@@ -15,7 +15,7 @@ from lightning_peft.checkpoints.ckpt import (
     VERSION,
     adapter_keys,
     adapter_state,
-    attach_recorded,
+    attach_metadata,
     has_adapters,
     record,
 )
@@ -61,7 +61,7 @@ def test_what_is_saved_loads_into_a_fresh_base(base: nn.Module, trained: nn.Modu
     ids = torch.randint(1, 40, (2, 5))
     file = _through_a_file({"record": record(trained), "state": adapter_state(trained)})
     fresh = copy.deepcopy(base)
-    attach_recorded(fresh, file["record"], file["state"])
+    attach_metadata(fresh, file["record"], file["state"])
     fresh.load_state_dict(file["state"], strict=True)
     assert_identical(fresh(ids).logits, trained(ids).logits)
     assert {p for p, _, _ in registries(fresh)} == {""}
@@ -87,7 +87,7 @@ def test_adapters_below_a_model_are_recorded_with_their_path(base: nn.Module, tr
     outer = nn.ModuleDict({"student": trained})
     assert all(key.startswith("student.") for key in adapter_keys(outer))
     fresh = nn.ModuleDict({"student": copy.deepcopy(base)})
-    attach_recorded(fresh, record(outer), adapter_state(outer))
+    attach_metadata(fresh, record(outer), adapter_state(outer))
     assert [path for path, _, _ in registries(fresh)] == ["student"]
     fresh.load_state_dict(adapter_state(outer), strict=True)
     ids = torch.arange(1, 6)[None]
@@ -103,7 +103,7 @@ def test_a_module_that_is_used_twice_saves_and_loads() -> None:
     model, fresh, x = build(), build(), torch.randn(2, 4)
     inject(model, LoRA(r=2))
     nn.init.normal_(model[0].peft.default.lora_B)
-    attach_recorded(fresh, record(model), adapter_state(model))
+    attach_metadata(fresh, record(model), adapter_state(model))
     fresh.load_state_dict(adapter_state(model), strict=True)
     assert_identical(fresh(x), model(x))
 
@@ -111,7 +111,7 @@ def test_a_module_that_is_used_twice_saves_and_loads() -> None:
 def test_several_adapters_are_attached_in_their_order(base: nn.Module, trained: nn.Module) -> None:
     inject(trained, LoRA(r=1, target_modules=["key"], modules_to_save=None), "second")
     fresh = copy.deepcopy(base)
-    attach_recorded(fresh, record(trained), adapter_state(trained))
+    attach_metadata(fresh, record(trained), adapter_state(trained))
     ((_, _, registry),) = registries(fresh)
     assert list(registry.attachments) == ["default", "second"]
 
@@ -120,11 +120,11 @@ def test_what_is_attached_already_is_compared(
     trained: nn.Module, recorded: dict[str, Any], base: nn.Module, state: dict[str, torch.Tensor]
 ) -> None:
     before = Snapshot(trained)
-    attach_recorded(trained, recorded, state)
+    attach_metadata(trained, recorded, state)
     before.assert_same(trained)
     inject(base, LoRA(r=4, target_modules=["query", "value"]))
     with pytest.raises(CheckpointError, match=r"'default' of the file is another one: r is 2 in the file and 4 here"):
-        attach_recorded(base, recorded, state)
+        attach_metadata(base, recorded, state)
 
 
 def test_an_attached_adapter_that_the_file_lacks_is_an_error(
@@ -132,7 +132,7 @@ def test_an_attached_adapter_that_the_file_lacks_is_an_error(
 ) -> None:
     inject(trained, LoRA(r=1, target_modules=["key"]), "second")
     with pytest.raises(CheckpointError, match="holds no adapter 'second'; it holds 'default'"):
-        attach_recorded(trained, recorded, state)
+        attach_metadata(trained, recorded, state)
 
 
 def test_another_base_is_refused_and_left_as_it_was(
@@ -141,7 +141,7 @@ def test_another_base_is_refused_and_left_as_it_was(
     nn.init.normal_(base.bert.encoder.layer[1].output.dense.weight)
     before = Snapshot(base)
     with pytest.raises(BaseMismatchError, match=r"'bert\.encoder\.layer\.1\.output\.dense\.weight'"):
-        attach_recorded(base, recorded, state)
+        attach_metadata(base, recorded, state)
     before.assert_same(base)
 
 
@@ -150,7 +150,7 @@ def test_a_new_head_of_other_values_is_the_same_base(
 ) -> None:
     """The head travels with the adapter, so what it was initialised to does not matter."""
     nn.init.normal_(base.classifier.weight)
-    attach_recorded(base, recorded, state)
+    attach_metadata(base, recorded, state)
 
 
 def test_a_second_adapter_that_does_not_fit_leaves_the_model_as_it_was(
@@ -160,7 +160,7 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_model_as_it_was(
     adapters = {**recorded["adapters"], ":second": {"path": "", "name": "second", "method": wrong}}
     before = Snapshot(base)
     with pytest.raises(PEFTError, match="c_attn"):
-        attach_recorded(base, {**recorded, "adapters": adapters}, state)
+        attach_metadata(base, {**recorded, "adapters": adapters}, state)
     before.assert_same(base)
 
 
@@ -169,14 +169,14 @@ def test_a_path_that_is_not_there_is_an_error_that_says_so(
 ) -> None:
     recorded = record(nn.ModuleDict({"student": trained}))
     with pytest.raises(CheckpointError, match=r"belongs on 'student', and .* has no such module"):
-        attach_recorded(base, recorded, state)
+        attach_metadata(base, recorded, state)
 
 
 def test_a_newer_version_is_refused_with_what_to_do(
     base: nn.Module, recorded: dict[str, Any], state: dict[str, torch.Tensor]
 ) -> None:
     with pytest.raises(CheckpointError, match=r"newer lightning_peft \(record version 2.*Upgrade"):
-        attach_recorded(base, {**recorded, "version": VERSION + 1}, state)
+        attach_metadata(base, {**recorded, "version": VERSION + 1}, state)
 
 
 def _entry(recorded: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def test_a_damaged_record_is_a_checkpoint_error(
 ) -> None:
     before = Snapshot(base)
     with pytest.raises(CheckpointError):
-        attach_recorded(base, DAMAGE[damage](recorded), state)
+        attach_metadata(base, DAMAGE[damage](recorded), state)
     before.assert_same(base)
 
 
@@ -243,7 +243,7 @@ def test_a_record_of_a_method_that_cannot_be_is_an_error_of_ours(
     damage, message = METHODS[case]
     before = Snapshot(base)
     with pytest.raises((CheckpointError, ConfigError), match=message):
-        attach_recorded(base, damage(recorded), state)
+        attach_metadata(base, damage(recorded), state)
     before.assert_same(base)
 
 
@@ -253,7 +253,7 @@ def test_a_state_of_another_precision_is_refused(
     before = Snapshot(base)
     for kind in (torch.bfloat16, torch.float64, torch.int64, torch.complex64):
         with pytest.raises(AdapterKeyError, match=f"is {str(kind)[6:]} in the file and must be float"):
-            attach_recorded(base, recorded, {key: tensor.to(kind) for key, tensor in state.items()})
+            attach_metadata(base, recorded, {key: tensor.to(kind) for key, tensor in state.items()})
     before.assert_same(base)
 
 
@@ -263,7 +263,7 @@ def test_adapters_that_are_no_numbers_are_refused(
     key = next(key for key in state if key.endswith("lora_B"))
     for value in (float("nan"), float("inf")):
         with pytest.raises(CheckpointError, match=f"'{key}' holds NaN or infinite values.*earlier checkpoint"):
-            attach_recorded(base, recorded, {**state, key: state[key].index_fill(0, torch.tensor([1]), value)})
+            attach_metadata(base, recorded, {**state, key: state[key].index_fill(0, torch.tensor([1]), value)})
 
 
 STATES: dict[str, tuple[Any, str]] = {
@@ -286,7 +286,7 @@ def test_a_state_that_does_not_fit_is_refused_by_name_and_leaves_the_model_as_it
     change(state, first)
     before = Snapshot(base)
     with pytest.raises(AdapterKeyError, match=message.format(first.replace(".", r"\."))):
-        attach_recorded(base, recorded, state)
+        attach_metadata(base, recorded, state)
     before.assert_same(base)
 
 

@@ -120,7 +120,7 @@ def test_a_module_that_travels_with_the_adapter_may_differ(net: nn.Module) -> No
     inject(net, LoRA(r=2, target_modules=["body"], modules_to_save=["head"]))
     recorded = fingerprint(net)
     assert [name for name in recorded["names"] if name.startswith("head")] == []
-    check_base(other, recorded, saved=("head",))
+    check_base(other, recorded, fully_trained=("head",))
     with pytest.raises(BaseMismatchError, match=r"'head\.weight' of ModuleDict was not there"):
         check_base(other, recorded)
 

@@ -10,7 +10,7 @@ from tiny_models import bert
 from torch import nn
 
 from lightning_peft import BottleneckAdapter, LoRA, Method, PrefixTuning, PromptTuning, PTuning, inject
-from lightning_peft.checkpoints.guard import check_bounds, no_larger_than
+from lightning_peft.checkpoints.guard import check_bounds, limit_allocation
 from lightning_peft.errors import CheckpointError, PEFTError
 
 
@@ -69,7 +69,7 @@ def test_what_a_checkpoint_holds_passes():
 def test_adapters_larger_than_the_file_are_refused_before_they_are_made(method: Method):
     model = bert(max_position_embeddings=512)
     before = Snapshot(model)
-    with pytest.raises((PEFTError, OverflowError, TypeError, RuntimeError)), no_larger_than(model, []):
+    with pytest.raises((PEFTError, OverflowError, TypeError, RuntimeError)), limit_allocation(model, []):
         inject(model, method)
     before.assert_same(model)
 
@@ -81,14 +81,14 @@ def test_adapters_as_large_as_the_file_are_made(method: Method):
     first, second = bert(), bert()
     inject(first, method)
     state = {key: tensor for key, tensor in first.state_dict().items() if ".peft." in key}
-    with no_larger_than(second, state.values()):
+    with limit_allocation(second, state.values()):
         inject(second, method)
     assert {key for key in second.state_dict() if ".peft." in key} == state.keys()
 
 
 def test_the_largest_file_is_bounded_by_its_own_size():
     model, tensors = nn.Sequential(nn.Linear(8, 8)), [torch.zeros(1000), "no tensor"]
-    with no_larger_than(model, tensors):
+    with limit_allocation(model, tensors):
         torch.zeros(1000, 60)
         torch.zeros(600).split([100, 200, 300])  # sizes of pieces, and not of something new
         with pytest.raises(CheckpointError, match="70000 elements, more than the file holds"):

@@ -30,7 +30,7 @@ from lightning_peft import (
 from lightning_peft.checkpoints import files
 from lightning_peft.errors import AdapterKeyError, AdapterNameError, BaseMismatchError, CheckpointError, ConfigError
 
-CONFIG, TENSORS, RECORD = "adapter_config.json", "adapter_model.safetensors", "lightning_peft.json"
+CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "lightning_peft.json"
 METHODS: dict[str, Method] = {
     "in peft's format": LoRA(r=2, target_modules=["query", "value"]),
     "in our own": BottleneckAdapter(),
@@ -69,13 +69,13 @@ def edit(path: Path, **values: Any) -> None:
 
 def reseal(path: Path, **values: Any) -> None:
     """Edit the record as its writer would, checksums included."""
-    record = {**json.loads((path / RECORD).read_text()), **values}
+    record = {**json.loads((path / MANIFEST).read_text()), **values}
     contents = {name: (path / name).read_bytes() for name in (CONFIG, TENSORS)}
-    (path / RECORD).write_bytes(files.to_json(files.sealed(record, contents)))
+    (path / MANIFEST).write_bytes(files.to_json(files.with_checksums(record, contents)))
 
 
 def as_peft(path: Path) -> Path:
-    (path / RECORD).unlink()
+    (path / MANIFEST).unlink()
     return path
 
 
@@ -99,7 +99,7 @@ def test_an_alpha_edited_after_training_is_refused_and_can_be_insisted_on(base: 
 
 
 @pytest.mark.parametrize("which", METHODS)
-@pytest.mark.parametrize("name", [CONFIG, TENSORS, RECORD])
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
 def test_a_flipped_bit_anywhere_is_refused(base: nn.Module, which: str, name: str, tmp_path: Path) -> None:
     file = saved(base, tmp_path, METHODS[which]) / name
     data = file.read_bytes()
@@ -110,20 +110,20 @@ def test_a_flipped_bit_anywhere_is_refused(base: nn.Module, which: str, name: st
     load_adapter(base, tmp_path)
 
 
-@pytest.mark.parametrize("name", [CONFIG, TENSORS, RECORD])
+@pytest.mark.parametrize("name", [CONFIG, TENSORS, MANIFEST])
 @pytest.mark.parametrize("keep", [0, 1, 9, 0.5, 0.99])
 def test_a_truncated_file_is_refused(base: nn.Module, name: str, keep: float, tmp_path: Path) -> None:
     file = saved(base, tmp_path) / name
     data = file.read_bytes()
     file.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
     assert str(tmp_path) in refused(base, tmp_path)
-    if name != RECORD:
+    if name != MANIFEST:
         assert name in refused(base, as_peft(tmp_path))
 
 
 def test_the_white_space_of_the_json_does_not_matter(base: nn.Module, tmp_path: Path) -> None:
     saved(base, tmp_path)
-    for name in (CONFIG, RECORD):
+    for name in (CONFIG, MANIFEST):
         edit(tmp_path / name)
     load_adapter(base, tmp_path)
 
@@ -132,7 +132,7 @@ def test_what_holds_no_tensor_may_have_its_place_elsewhere_and_the_rest_may_not(
     """What moves positions stood at the rotary embedding once, and stands at the stack of blocks now."""
     base = tiny_models.llama().eval()
     saved(base, tmp_path, PrefixTuning(num_virtual_tokens=3))
-    places = json.loads((tmp_path / RECORD).read_text())["places"]
+    places = json.loads((tmp_path / MANIFEST).read_text())["places"]
     assert "model:positions" in places
     ids = torch.arange(3, 9)[None]
     load_adapter(now := copy.deepcopy(base), tmp_path)
@@ -149,7 +149,7 @@ def test_no_mixture_of_two_adapters_loads(base: nn.Module, tmp_path: Path) -> No
     for chosen in product((0, 1), repeat=3):
         mixed = tmp_path / "mixed"
         mixed.mkdir(exist_ok=True)
-        for name, version in zip((CONFIG, TENSORS, RECORD), chosen, strict=True):
+        for name, version in zip((CONFIG, TENSORS, MANIFEST), chosen, strict=True):
             shutil.copy(versions[version] / name, mixed / name)
         if len(set(chosen)) == 1:
             load_adapter(copy.deepcopy(base), mixed)
@@ -162,7 +162,7 @@ def test_what_a_failed_write_leaves_is_refused(base: nn.Module, tmp_path: Path) 
     (tmp_path / CONFIG).mkdir()
     with pytest.raises(CheckpointError, match="cannot be written"):
         saved(base, tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, RECORD]  # and nothing half-written
+    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, MANIFEST]  # and nothing half-written
     (tmp_path / CONFIG).rmdir()
     assert "no adapter_config.json" in refused(base, tmp_path)
     saved(base, tmp_path)
@@ -193,7 +193,7 @@ def test_a_pickle_is_not_loaded(base: nn.Module, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "{", "\x00"])
-@pytest.mark.parametrize("name", [CONFIG, RECORD])
+@pytest.mark.parametrize("name", [CONFIG, MANIFEST])
 def test_json_of_another_kind_is_refused(base: nn.Module, name: str, text: str, tmp_path: Path) -> None:
     saved(base, tmp_path)
     (tmp_path / name).write_text(text)
@@ -227,7 +227,7 @@ def test_a_record_that_cannot_be_is_refused(
 ) -> None:
     saved(base, tmp_path)
     if "sha256" in values:
-        edit(tmp_path / RECORD, **values)
+        edit(tmp_path / MANIFEST, **values)
     else:
         reseal(tmp_path, **values)
     before = Snapshot(base)
@@ -316,7 +316,7 @@ def test_a_truncated_file_of_an_encoder_is_refused(base: nn.Module, tmp_path: Pa
 
 
 def test_a_method_of_our_own_cannot_be_read_without_its_record(base: nn.Module, tmp_path: Path) -> None:
-    assert f"has no {RECORD}" in refused(base, as_peft(saved(base, tmp_path, BitFit())))
+    assert f"has no {MANIFEST}" in refused(base, as_peft(saved(base, tmp_path, BitFit())))
 
 
 # A directory of peft

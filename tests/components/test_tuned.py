@@ -1,4 +1,4 @@
-"""Modules that are trained whole beside the adapters."""
+"""Modules that are fully trained beside the adapters."""
 
 import pytest
 import tiny_models
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_peft import LoRA, activate, active, disabled, inject, merge, merged, remove
 from lightning_peft.checkpoints.ckpt import adapter_keys, adapter_state
 from lightning_peft.errors import TargetError
-from lightning_peft.injection.modules_to_save import resolve_saved
+from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 
 
 class Tagger(nn.Module):
@@ -68,17 +68,17 @@ def _train(model: nn.Module, ids: Tensor, steps: int = 2) -> None:
     ids=["bert", "gpt2", "t5", "causal_lm", "plain"],
 )
 def test_auto_means_the_task_head(model: type[nn.Module], expected: list[str]) -> None:
-    assert resolve_saved(model(), "auto") == expected
+    assert resolve_modules_to_save(model(), "auto") == expected
 
 
 def test_none_and_an_empty_list_save_nothing() -> None:
-    assert resolve_saved(tiny_models.bert(), None) == []
-    assert resolve_saved(tiny_models.bert(), []) == []
+    assert resolve_modules_to_save(tiny_models.bert(), None) == []
+    assert resolve_modules_to_save(tiny_models.bert(), []) == []
 
 
 def test_named_modules_are_saved_in_place_of_the_head() -> None:
-    assert resolve_saved(tiny_models.bert(), "pooler") == ["bert.pooler"]
-    assert resolve_saved(tiny_models.bert(), ["classifier", "pooler"]) == ["classifier", "bert.pooler"]
+    assert resolve_modules_to_save(tiny_models.bert(), "pooler") == ["bert.pooler"]
+    assert resolve_modules_to_save(tiny_models.bert(), ["classifier", "pooler"]) == ["classifier", "bert.pooler"]
 
 
 def test_a_name_that_is_not_there_is_an_error_and_changes_nothing() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft import inject
 from lightning_peft.core.method import Method
 from lightning_peft.errors import NotApplicableError, TargetError
-from lightning_peft.injection.modules_to_save import resolve_saved
+from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 
 
 class Cell:
@@ -27,7 +27,9 @@ class Cell:
     def refusal(self) -> str:
         """Why the method does not apply to the host; empty where it does."""
         try:
-            self.method.plan(self.host.network(), resolve_saved(self.host.network(), self.method.modules_to_save))
+            self.method.plan(
+                self.host.network(), resolve_modules_to_save(self.host.network(), self.method.modules_to_save)
+            )
         except NotApplicableError as error:
             return str(error)
         return ""

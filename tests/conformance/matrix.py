@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_peft import PEFTCallback, load_from_checkpoint
 from lightning_peft.core.method import Method, registered_methods
 from lightning_peft.errors import NotApplicableError, PEFTError
-from lightning_peft.injection.modules_to_save import resolve_saved
+from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"
@@ -80,7 +80,7 @@ def fitted(method: Method, model: Model) -> Method:
 def _plans(method: Method, model: Model) -> bool:
     task = Task(model.name)
     try:
-        method.plan(task, resolve_saved(task, method.modules_to_save))
+        method.plan(task, resolve_modules_to_save(task, method.modules_to_save))
     except PEFTError:
         return False
     return True

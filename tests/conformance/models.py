@@ -27,7 +27,7 @@ class Model:
     targets: tuple[str, ...]
     """Layers for methods that find none by themselves, or leave the choice to the user."""
     head: str | None = None
-    """What is trained whole where nothing tells a method which layer is new: in a network of plain torch."""
+    """What is fully trained where nothing tells a method which layer is new: in a network of plain torch."""
     soak: bool = True
     """True if only ``make soak`` trains the methods on it."""
 

@@ -20,7 +20,7 @@ def test_a_report_counts_hosts_parameters_and_parts() -> None:
         HostRow(f"{prefix}.attention.self.query", "Linear", "task", "LoRA", per_layer),
         HostRow(f"{prefix}.attention.output.dense", "Linear", "task", "LoRA", per_layer),
         HostRow(f"{prefix}.output.dense", "Linear", "task", "LoRA", 2 * (24 + 16)),
-        HostRow("classifier", "Linear", "task", "trained whole", 34),
+        HostRow("classifier", "Linear", "task", "fully trained", 34),
     )
     trainable = 2 * per_layer + 2 * (24 + 16) + 34
     assert found.trainable == trainable
@@ -34,7 +34,7 @@ def test_parts_say_what_happens_to_each_and_add_up_to_the_base() -> None:
     model = tiny_models.bert()
     total = sum(p.numel() for p in model.parameters())
     parts = inject(model, LoRA(r=2, target_modules=["query"])).parts
-    assert [(part.path, part.state) for part in parts] == [("bert", "frozen, adapted"), ("classifier", "trained whole")]
+    assert [(part.path, part.state) for part in parts] == [("bert", "frozen, adapted"), ("classifier", "fully trained")]
     assert sum(part.parameters for part in parts) == total
 
 

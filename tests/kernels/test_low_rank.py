@@ -344,7 +344,7 @@ def test_a_product_of_matrices_alone_makes_a_fresh_output() -> None:
     model = nn.ModuleDict(
         {"linear": nn.Linear(4, 4), "own": Activated(4, 4), "conv": nn.Conv1d(4, 4, 1), "table": nn.Embedding(4, 4)}
     )
-    assert {host.name: host.fresh for host in find_hosts(model)} == {
+    assert {host.name: host.owns_output for host in find_hosts(model)} == {
         "linear": True,
         "own": False,
         "conv": False,

@@ -205,7 +205,7 @@ def test_only_outputs_that_nothing_writes_into_are_kept() -> None:
     for model, method in ((llama, IA3()), (bert, IA3()), (other, IA3(target_modules=["0"]))):
         inject(model, method)
     writes = {
-        path.rpartition(".")[2]: adapter.writes
+        path.rpartition(".")[2]: adapter.in_place
         for model in (llama, bert, other)
         for path, _, slots in named_slots(model)
         for adapter in slots.children()

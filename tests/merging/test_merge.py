@@ -107,11 +107,11 @@ def test_an_fp64_base_is_merged_in_fp64(x: Tensor) -> None:
     torch.testing.assert_close(net(x.double()), expected, rtol=1e-13, atol=1e-14)
 
 
-def test_a_quantised_weight_is_refused() -> None:
+def test_a_quantized_weight_is_refused() -> None:
     net = _lora(nn.Sequential(nn.Linear(4, 4)), "0")
     net[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
     before = Snapshot(net)
-    with pytest.raises(NotMergeableError, match=r"quantised \(torch.int8\)"):
+    with pytest.raises(NotMergeableError, match=r"quantized \(torch.int8\)"):
         merge(net)
     before.assert_same(net)
 

@@ -110,7 +110,7 @@ def test_the_task_head_is_trained_whole_and_not_by_its_bias() -> None:
     model = tiny_models.bert()
     report = inject(model, BitFit())
     assert {row.adapter_type for row in report.hosts if row.host != "classifier"} == {"BitFit"}
-    assert [(r.adapter_type, r.trainable) for r in report.hosts if r.host == "classifier"] == [("trained whole", 34)]
+    assert [(r.adapter_type, r.trainable) for r in report.hosts if r.host == "classifier"] == [("fully trained", 34)]
 
 
 def test_a_task_head_that_is_not_trained_whole_stays_as_it_is() -> None:
@@ -208,7 +208,7 @@ def test_a_model_without_biases_is_refused(build: Callable[[], nn.Module]) -> No
     [
         (tiny_models.bert, {"target_modules": ["qurey"]}, TargetError, r"'qurey' matches no layer .*mean 'query'"),
         (tiny_models.bert, {"target_modules": ["word_embeddings"]}, NotApplicableError, "none has any bias. Leave it"),
-        (tiny_models.bert, {"target_modules": ["classifier"]}, TargetError, "'classifier' is trained whole already"),
+        (tiny_models.bert, {"target_modules": ["classifier"]}, TargetError, "'classifier' is fully trained already"),
         (tiny_models.bert, {"target_modules": ["("]}, TargetError, "neither the name of a layer nor a regular exp"),
         (tiny_models.bert, {"exclude_modules": ["poler"]}, TargetError, "exclude_modules: 'poler' matches nothing"),
         (tiny_models.bert, {"layers": [2]}, TargetError, r"there is no layer 2. Numbered layers .*\(0 to 1\)"),

@@ -104,7 +104,7 @@ def test_a_report_names_the_method_of_each_adapter() -> None:
     assert query == [("LoRA", 64), ("BitFit", 16), ("LoRA", 96)]
     assert {row.adapter_type for row in rows if row.host_type == "LayerNorm"} == {"BitFit", "BottleneckAdapter"}
     report = inject(tiny_models.bert(max_position_embeddings=40), Combine(preset="mam"))
-    assert {row.adapter_type for row in report.hosts} == {"PrefixTuning", "BottleneckAdapter", "trained whole"}
+    assert {row.adapter_type for row in report.hosts} == {"PrefixTuning", "BottleneckAdapter", "fully trained"}
     assert "Combine" not in str(report)
 
 

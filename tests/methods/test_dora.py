@@ -249,7 +249,7 @@ def test_norms_do_not_add_up(recipe: str) -> None:
         combine(layer, {"one": 0.5, "two": 0.5}, recipe)
 
 
-def test_quantised_weights_are_refused_with_the_layers_name() -> None:
+def test_quantized_weights_are_refused_with_the_layers_name() -> None:
     model = nn.ModuleDict({"fc": nn.Linear(8, 8)})
     model["fc"].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.int8), requires_grad=False)
     with pytest.raises(NotApplicableError, match=r"norm of the weights of 'fc' \(Linear\).*torch\.int8"):

@@ -56,9 +56,9 @@ def test_a_tied_head_trains_alone() -> None:
 def test_the_report_says_that_the_head_is_trained_whole() -> None:
     report = inject(tiny_models.bert(), LinearProbe())
     assert [(row.host, row.adapter_type, row.trainable) for row in report.hosts] == [
-        ("classifier", "trained whole", 34)
+        ("classifier", "fully trained", 34)
     ]
-    assert [(part.path, part.state) for part in report.parts] == [("bert", "frozen"), ("classifier", "trained whole")]
+    assert [(part.path, part.state) for part in report.parts] == [("bert", "frozen"), ("classifier", "fully trained")]
 
 
 def test_no_gradient_is_computed_below_the_head() -> None:

@@ -35,7 +35,7 @@ def _chosen(build: Callable[[], nn.Module], **fields: Any) -> list[str]:
         (tiny_models.gpt2, {"exclude_modules": r"transformer\.h\.0\..*"}, ["transformer.h.1.attn"]),
         (
             tiny_models.bert,
-            {"modules_to_save": ["classifier", "layer.0"]},  # what is trained whole gets no prefix
+            {"modules_to_save": ["classifier", "layer.0"]},  # what is fully trained gets no prefix
             ["bert.encoder.layer.1.attention.self"],
         ),
     ],

@@ -101,7 +101,7 @@ def test_as_many_train_as_are_chosen_and_the_head_beside_them(fields: dict[str, 
     report = inject(tiny_models.bert(), SelectiveTuning(**fields))
     assert report.trainable == count + 34
     kinds = {row.host: row.adapter_type for row in report.hosts}
-    assert kinds.pop("classifier") == "trained whole"
+    assert kinds.pop("classifier") == "fully trained"
     assert set(kinds.values()) == {"SelectiveTuning"}
 
 

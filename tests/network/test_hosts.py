@@ -120,7 +120,7 @@ def test_attention_with_one_width_has_two_weights_that_it_reads_itself() -> None
         ("mha.out_proj", "mha", "out_proj.weight", "out_proj_weight"),
     ]
     assert [(h.layout.out_features, h.layout.in_features) for h in hosts] == [(24, 8), (8, 8)]
-    assert all(h.reads_weight and h.linear for h in hosts)
+    assert all(h.weight_only and h.linear for h in hosts)
     assert hosts[1].weight is attention["mha"].out_proj.weight
 
 

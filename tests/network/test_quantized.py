@@ -1,4 +1,4 @@
-"""Adapters beside quantised weights, merged into what they stand for, and carried to and from an unquantised base."""
+"""Adapters beside quantized weights, merged into what they stand for, and carried to and from an unquantized base."""
 
 import copy
 import pickle
@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from perturbation import adapted, perturb
-from quantising import OWN, PACKAGES, quantise
+from quantizing import OWN, PACKAGES, quantize
 from snapshot import Snapshot
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +29,7 @@ from lightning_peft import (
 )
 from lightning_peft.core.method import Method
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, NotMergeableError
-from lightning_peft.network.quantized.weights import plain_weight, quantised_weights
+from lightning_peft.network.quantized.weights import plain_weight, quantized_weights
 from lightning_peft.network.sublayers import find_sublayers
 
 LORA, DORA = LoRA(r=3, target_modules=["0", "2"]), DoRA(r=3, target_modules=["0", "2"])
@@ -47,7 +47,7 @@ def scheme(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def net(plain: nn.Module, scheme: str) -> nn.Module:
-    return quantise(plain, scheme)
+    return quantize(plain, scheme)
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def x() -> Tensor:
 
 
 def _written_out(net: nn.Module, plain: nn.Module) -> nn.Module:
-    """The plain network with the values that the quantised one stands for, by its own matrix product."""
+    """The plain network with the values that the quantized one stands for, by its own matrix product."""
     twin = copy.deepcopy(plain)
     with torch.no_grad():
         for layer, other in ((net[0], twin[0]), (net[2], twin[2])):
@@ -73,12 +73,12 @@ def test_what_a_weight_stands_for_is_what_its_layer_computes_with(net, plain) ->
 
 
 def test_no_entry_lies_further_from_the_plain_weight_than_the_error_says(net, plain) -> None:
-    found = {path: weight for path, _, _, weight in quantised_weights(net)}
+    found = {path: weight for path, _, _, weight in quantized_weights(net)}
     assert found.keys() == {"0", "2"}
     for path, weight in found.items():
         expected = plain.get_parameter(f"{path}.weight")
         assert weight.shape == expected.shape
-        apart, error = (weight.dequantise() - expected).abs(), weight.error().expand(weight.shape)
+        apart, error = (weight.dequantize() - expected).abs(), weight.error().expand(weight.shape)
         assert (apart <= error + 1e-6).all()
         assert (error < expected.abs().max() / 2).all(), "an error this large would let any weight pass"
 
@@ -134,22 +134,22 @@ def test_an_adapter_of_other_weights_is_refused(net, plain, scheme, on_plain, tm
     save_adapter(adapted(net, LORA), tmp_path / "adapter")
     with torch.no_grad():
         plain[2].weight.copy_(plain[2].weight.flip(0))
-    other = plain if on_plain else quantise(plain, scheme)
+    other = plain if on_plain else quantize(plain, scheme)
     with pytest.raises(BaseMismatchError, match=r"the weights of '2\.weight' differ"):
         load_adapter(other, tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("width", [32, 64])
-def test_a_weight_may_be_quantised_the_other_way_round(width, tmp_path: Path) -> None:
+def test_a_weight_may_be_quantized_the_other_way_round(width, tmp_path: Path) -> None:
     turned, plain = nn.Sequential(Conv1D(width, 32)), nn.Sequential(nn.Linear(32, width), nn.Linear(1, 1))
     with torch.no_grad():
         plain[0].weight.copy_(turned[0].weight.T)
         plain[0].bias.copy_(turned[0].bias)
-    net = quantise(plain, OWN)[:1]
+    net = quantize(plain, OWN)[:1]
     save_adapter(adapted(turned, LoRA(r=3)), tmp_path / "adapter")
     load_adapter(net, tmp_path / "adapter")
     assert torch.equal(net[0].peft.default.lora_B, turned[0].peft.default.lora_B)
-    other = quantise(nn.Sequential(nn.Linear(32, width), nn.Linear(1, 1)), OWN)[:1]
+    other = quantize(nn.Sequential(nn.Linear(32, width), nn.Linear(1, 1)), OWN)[:1]
     with pytest.raises(BaseMismatchError, match=r"the weights of '0\.weight' differ"):
         load_adapter(other, tmp_path / "adapter")
 
@@ -161,11 +161,11 @@ def test_the_adapter_alone_loads_strictly(net, x) -> None:
     assert torch.equal(target.eval()(x), source(x))
 
 
-def test_merging_is_refused_unless_it_may_dequantise(net) -> None:
+def test_merging_is_refused_unless_it_may_dequantize(net) -> None:
     adapted(net, LORA)
     before = Snapshot(net)
     for act in (lambda: merge(net), lambda: merged(net).__enter__()):
-        with pytest.raises(NotMergeableError, match=r"LoRA on '0'.*is quantised.*dequantize=True"):
+        with pytest.raises(NotMergeableError, match=r"LoRA on '0'.*is quantized.*dequantize=True"):
             act()
     before.assert_same(net)
 
@@ -186,7 +186,7 @@ def test_merging_can_make_the_whole_model_plain(net, plain, x, dtype, method: Me
     assert {(p.dtype, p.requires_grad) for p in net.parameters()} == {(dtype, True)}
     plain.to(dtype).load_state_dict(net.state_dict())
     assert torch.equal(plain(x.to(dtype)), found)
-    assert not any(package in pickle.dumps(net) for package in (b"bitsandbytes", b"torchao", b"quantising"))
+    assert not any(package in pickle.dumps(net) for package in (b"bitsandbytes", b"torchao", b"quantizing"))
 
 
 def test_other_adapters_stay_when_one_is_merged(net, x) -> None:
@@ -200,8 +200,8 @@ def test_other_adapters_stay_when_one_is_merged(net, x) -> None:
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tied_quantised_weight_is_merged_when_it_may_be_untied(x) -> None:
-    net = quantise(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 8)), OWN)
+def test_a_tied_quantized_weight_is_merged_when_it_may_be_untied(x) -> None:
+    net = quantize(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 8)), OWN)
     net[2].weight, net[2].step = net[0].weight, net[0].step
     expected, other = adapted(net, LoRA(target_modules=["0"]))(x), plain_weight(net[2])
     with pytest.raises(NotMergeableError, match="tied"):
@@ -211,7 +211,7 @@ def test_a_tied_quantised_weight_is_merged_when_it_may_be_untied(x) -> None:
     assert torch.equal(net[2].weight, other)
 
 
-def test_a_merge_that_fails_leaves_the_model_quantised(net) -> None:
+def test_a_merge_that_fails_leaves_the_model_quantized(net) -> None:
     adapted(net, LORA)[2].peft.default.lora_A.data.fill_(float("inf"))
     before = Snapshot(net)
     with pytest.raises(NotMergeableError, match="not finite"):
@@ -228,17 +228,17 @@ def test_a_merge_that_fails_leaves_the_model_quantised(net) -> None:
         LoRA(target_modules=["0"], modules_to_save=["2"]),
     ],
 )
-def test_what_would_train_a_quantised_weight_is_refused(net, method) -> None:
+def test_what_would_train_a_quantized_weight_is_refused(net, method) -> None:
     before = Snapshot(net)
-    with pytest.raises(NotApplicableError, match=r"weight' cannot be trained: .* as after quantisation"):
+    with pytest.raises(NotApplicableError, match=r"weight' cannot be trained: .* as after quantization"):
         inject(net, method)
     before.assert_same(net)
 
 
-def test_what_would_change_a_quantised_weight_is_refused() -> None:
+def test_what_would_change_a_quantized_weight_is_refused() -> None:
     net = nn.Sequential(nn.MultiheadAttention(32, 4))
-    net[0].out_proj = quantise(nn.Sequential(nn.Linear(32, 32), nn.Linear(1, 1)), OWN)[0]
-    with pytest.raises(NotApplicableError, match=r"changes the 'out_proj\.weight' of '0'.*quantised \(Nibbles\)"):
+    net[0].out_proj = quantize(nn.Sequential(nn.Linear(32, 32), nn.Linear(1, 1)), OWN)[0]
+    with pytest.raises(NotApplicableError, match=r"changes the 'out_proj\.weight' of '0'.*quantized \(Nibbles\)"):
         inject(net, LoRA(target_modules=["out_proj"]))
 
 
@@ -262,19 +262,19 @@ def test_blocks_are_told_apart_as_in_the_plain_model() -> None:
     found = find_sublayers(plain)
     assert found
     assert all(sublayer.pre is not None for sublayer in found)
-    assert find_sublayers(quantise(plain, OWN)) == found
+    assert find_sublayers(quantize(plain, OWN)) == found
 
 
 def test_an_adapter_that_looks_at_blocks_loads_though_it_is_smaller_than_they_are(tmp_path: Path) -> None:
     plain = tiny_models.llama(hidden_size=96, intermediate_size=512)
-    save_adapter(adapted(quantise(plain, OWN), BottleneckAdapter(width=1)), tmp_path / "adapter")
-    assert load_adapter(quantise(plain, OWN), tmp_path / "adapter").trainable
+    save_adapter(adapted(quantize(plain, OWN), BottleneckAdapter(width=1)), tmp_path / "adapter")
+    assert load_adapter(quantize(plain, OWN), tmp_path / "adapter").trainable
     assert load_adapter(plain, tmp_path / "adapter").trainable
 
 
 def test_four_bits_in_the_order_that_some_cpus_get_in_eval_are_read() -> None:
     functions = pytest.importorskip("bitsandbytes.functional")
-    net = quantise(nn.Sequential(nn.Linear(64, 32), nn.Linear(1, 1)), "nf4 double")
+    net = quantize(nn.Sequential(nn.Linear(64, 32), nn.Linear(1, 1)), "nf4 double")
     expected, weight = plain_weight(net[0]), net[0].weight
     weight.data, weight.quant_state = functions._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
     torch.testing.assert_close(plain_weight(net[0]), expected, rtol=0.02, atol=1e-3)  # it rounds the scales to 16 bits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_peft import BitFit, LinearProbe, LoRA, SelectiveTuning, inject, merge, report
 from lightning_peft.components.entries import tune
-from lightning_peft.components.tuned import SavedParameters, TunedParameters
+from lightning_peft.components.tuned import FullyTrainedParameters, TunedParameters
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.parameters import KINDS, BaseParameter, count, find_parameters
 
@@ -120,9 +120,9 @@ def test_the_report_tells_what_is_tuned_from_what_is_trained_whole() -> None:
     model = tiny_models.bert()
     inject(model, BitFit())
     kinds = {row.adapter_type for row in report(model).hosts}
-    assert kinds == {"BitFit", "trained whole"}
-    assert isinstance(model.classifier.peft.default, SavedParameters)
-    assert not isinstance(model.bert.pooler.dense.peft.default, SavedParameters)
+    assert kinds == {"BitFit", "fully trained"}
+    assert isinstance(model.classifier.peft.default, FullyTrainedParameters)
+    assert not isinstance(model.bert.pooler.dense.peft.default, FullyTrainedParameters)
 
 
 def test_modules_that_are_trained_whole_and_tied_stay_tied() -> None:

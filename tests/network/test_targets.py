@@ -149,9 +149,9 @@ def test_layers_of_a_network_without_numbers_are_an_error() -> None:
 
 
 def test_nothing_below_a_module_that_is_trained_whole_is_chosen(bert: nn.Module) -> None:
-    assert _names(bert, ["dense"], saved=["bert.pooler"]) == _bert(*BLOCK[3:])
-    with pytest.raises(TargetError, match=r"'classifier' is trained whole already \(modules_to_save\)"):
-        _names(bert, ["classifier"], saved=["classifier"])
+    assert _names(bert, ["dense"], fully_trained=["bert.pooler"]) == _bert(*BLOCK[3:])
+    with pytest.raises(TargetError, match=r"'classifier' is fully trained already \(modules_to_save\)"):
+        _names(bert, ["classifier"], fully_trained=["classifier"])
 
 
 @pytest.mark.parametrize(

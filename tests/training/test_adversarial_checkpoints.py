@@ -81,7 +81,7 @@ def _is_of_others(what: str) -> bool:
 
 
 def _another_valid_file(what: str) -> bool:
-    # The base's own copy of a module that is trained whole is never read, so the file has no record of it either.
+    # The base's own copy of a module that is fully trained is never read, so the file has no record of it either.
     return "['net.5.weight']" in what or "['net.5.bias']" in what
 
 

@@ -163,7 +163,7 @@ def test_layers_that_are_replaced_after_they_were_adapted_are_an_error(data, tra
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Lightning allows BitsandbytesPrecision on CUDA GPUs only")
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
-def test_adapters_train_on_a_base_that_bitsandbytes_quantises(mode, data, trainer, tmp_path) -> None:
+def test_adapters_train_on_a_base_that_bitsandbytes_quantizes(mode, data, trainer, tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
     from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 

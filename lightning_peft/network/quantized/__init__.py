@@ -1,4 +1,4 @@
-"""One file a package that quantises weights: how to read its tensors.
+"""One file a package that quantizes weights: how to read its tensors.
 
 The packages are not imported: a model that has such a weight has loaded its package.
 """

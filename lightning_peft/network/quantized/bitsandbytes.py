@@ -1,17 +1,17 @@
-"""bitsandbytes: NF4 and FP4 in blocks with scales that may be quantised themselves, and int8 by rows."""
+"""bitsandbytes: NF4 and FP4 in blocks with scales that may be quantized themselves, and int8 by rows."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.network.quantized.weights import Quantised, reads
+from lightning_peft.network.quantized.weights import Quantized, reads
 from lightning_peft.optional import bitsandbytes_functions
 
 
 @reads("bitsandbytes.nn.modules.Params4bit")
-def _four_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
-    if weight.quant_state is None:  # it is quantised when it is moved to its device
+def _four_bits(module: nn.Module, name: str, weight: Any) -> Quantized | None:
+    if weight.quant_state is None:  # it is quantized when it is moved to its device
         return None
     bnb, weight_shape = bitsandbytes_functions(), torch.Size(weight.quant_state.shape)
 
@@ -23,23 +23,23 @@ def _four_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
     def error() -> Tensor:
         found = state()
         levels, scales, more = found.code.sort().values, found.absmax, 0.0
-        if found.nested:  # the scales are quantised themselves
+        if found.nested:  # the scales are quantized themselves
             scales = bnb.dequantize_blockwise(scales, found.state2) + found.offset
             more = 0.5 * found.state2.code.sort().values.diff().max() * found.state2.absmax.max()
         each: Tensor = 0.5 * levels.diff().max() * scales.float() + more
         return each.repeat_interleave(found.blocksize)[: weight_shape.numel()].view(weight_shape)
 
-    def dequantise() -> Tensor:
+    def dequantize() -> Tensor:
         found = state()  # first: it may write the weight anew
         plain: Tensor = bnb.dequantize_4bit(weight.data, found)
         return plain
 
     scheme = str(weight.quant_state.quant_type)
     parts = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"quant_state.bitsandbytes__{scheme}")
-    return Quantised(
+    return Quantized(
         scheme=scheme,
         shape=weight_shape,
-        dequantise=dequantise,
+        dequantize=dequantize,
         error=error,
         beside=frozenset(f"{name}.{part}" for part in parts),
         attributes=(
@@ -53,7 +53,7 @@ def _four_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
 
 
 @reads("bitsandbytes.nn.modules.Int8Params")
-def _eight_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
+def _eight_bits(module: nn.Module, name: str, weight: Any) -> Quantized | None:
     if weight.dtype != torch.int8:  # not yet, or only while it computes
         return None
 
@@ -62,10 +62,10 @@ def _eight_bits(module: nn.Module, name: str, weight: Any) -> Quantised | None:
         rows: Tensor = held.to(weight.device, torch.float32)
         return rows.unsqueeze(1) / 127
 
-    return Quantised(
+    return Quantized(
         scheme="int8",
         shape=weight.shape,
-        dequantise=lambda: weight.detach() * scales(),
+        dequantize=lambda: weight.detach() * scales(),
         error=lambda: 0.6 * scales(),  # of half a step, and of the cast to fp16 before
         beside=frozenset(("SCB", "weight_format")),
         attributes=("state", "index"),

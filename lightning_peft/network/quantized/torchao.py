@@ -1,19 +1,19 @@
-"""torchao: tensors of classes of their own, which dequantise themselves."""
+"""torchao: tensors of classes of their own, which dequantize themselves."""
 
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.network.quantized.weights import Quantised, reads
+from lightning_peft.network.quantized.weights import Quantized, reads
 
 
 @reads("torchao.utils.TorchAOBaseTensor")
-def _tensor_subclass(module: nn.Module, name: str, weight: Any) -> Quantised:
-    return Quantised(
+def _tensor_subclass(module: nn.Module, name: str, weight: Any) -> Quantized:
+    return Quantized(
         scheme=type(weight).__name__,
         shape=weight.shape,
-        dequantise=weight.dequantize,
+        dequantize=weight.dequantize,
         # Whatever the class, it has no fewer levels than four bits give.
         error=lambda: weight.dequantize().abs().amax() / 6,
         attributes=("extra_repr",),
@@ -22,7 +22,7 @@ def _tensor_subclass(module: nn.Module, name: str, weight: Any) -> Quantised:
 
 @reads("torchao.quantization.Int8Tensor")
 @reads("torchao.quantization.IntxUnpackedToInt8Tensor")
-def _whole_steps(module: nn.Module, name: str, weight: Any) -> Quantised:
+def _whole_steps(module: nn.Module, name: str, weight: Any) -> Quantized:
     def error() -> Tensor:
         step: Tensor = weight.scale.float()
         for dim, size in enumerate(weight.block_size):

@@ -83,7 +83,7 @@ class CausalLM(LanguageModel):
 
 
 def keeps_texts_apart(model: Any) -> bool:
-    """Whether a text is to ``model`` what it is alone when another one stands before it, its positions from 0 on."""
+    """True if a text is to ``model`` what it is alone when another one stands before it, its positions from 0 on."""
     device = next(model.parameters()).device
     ids = torch.tensor([[4, 5, 1, 2, 3], [6, 7, 1, 2, 3]], device=device)
     positions = torch.tensor([[0, 1, 0, 1, 2]], device=device).expand_as(ids)

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.injection.registry import registries
 from lightning_peft.network.walk import join
-from lightning_peft.training.adaptation import intent_of
+from lightning_peft.training.adaptation import setup_of
 from lightning_peft.training.module import PEFTModule
 from lightning_peft.training.tasks.completions import Completion, completion_table
 from lightning_peft.training.tasks.pretrained import check_dropout, checkpoint_layers, load_pretrained, set_dropout
@@ -54,7 +54,7 @@ class LanguageModel(PEFTModule):
     auto_class: ClassVar[str]
     """The class of transformers that loads the model."""
     shifted: ClassVar[bool]
-    """Whether the label of a token is what comes after it."""
+    """True if the label of a token is what comes after it."""
     padding_side: ClassVar[Literal["left", "right"]]
     """Where prompts to go on from are padded."""
     writes: ClassVar[tuple[str, ...]] = ("predict",)
@@ -113,7 +113,7 @@ class LanguageModel(PEFTModule):
 
     @override
     def on_fit_start(self) -> None:
-        if self.gradient_checkpointing and intent_of(self).frozen_mode == "eval":
+        if self.gradient_checkpointing and setup_of(self).frozen_mode == "eval":
             raise ConfigError(
                 f"{type(self).__name__}(gradient_checkpointing=True): transformers checkpoints layers in train mode "
                 "alone, and PEFTCallback(frozen_mode='eval') holds them in eval. Leave one of the two out; "
@@ -250,7 +250,7 @@ def check_whole_rows(module: nn.Module, position_ids: Tensor) -> None:
     """
     for place, _, registry in registries(module):
         for path, slots in registry.slots.items():
-            if slots.needs_rows() and bool((position_ids.diff(dim=-1) < 0).any()):
+            if slots.needs_whole_sequences() and bool((position_ids.diff(dim=-1) < 0).any()):
                 where = join(place, path)
                 raise NotApplicableError(
                     f"The batch has several texts in one row (their position_ids begin anew), and an adapter of "

@@ -35,7 +35,7 @@ def load_pretrained(auto_class: str, model: str, purpose: str, **options: Any) -
             "Give a folder with config.json and weights, or a model name on the hub. (The demo's is fetched by "
             "`python examples/assets.py`.)"
         ) from error
-    # A language-model head is pretrained; another one is new, and trained whole.
+    # A language-model head is pretrained; another one is new, and fully trained.
     base = "" if network.get_output_embeddings() is not None else f"{network.base_model_prefix}."
     if fresh := sorted(key for key in info["missing_keys"] if key.startswith(base)):
         warnings.warn(

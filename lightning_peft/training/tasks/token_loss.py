@@ -147,9 +147,9 @@ def run_to_head(model: Any, inputs: Mapping[str, Any], form: LossForm) -> tuple[
 
 
 def splits_by_token(head: nn.Module) -> bool:
-    """Whether the adapters of ``head`` act on each token by itself, so that it can be run on some at a time."""
+    """True if the adapters of ``head`` act on each token by itself, so that it can be run on some at a time."""
     slots: Any = head._modules.get(CHILD)
-    return slots is None or not slots.needs_rows()
+    return slots is None or not slots.needs_whole_sequences()
 
 
 def _labelled(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +166,7 @@ def _summed_loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def _is_plain(head: Any, hidden: Tensor) -> bool:
-    """Whether torch's own function computes what a call of ``head`` would, and as exactly."""
+    """True if torch's own function computes what a call of ``head`` would, and as exactly."""
     return (
         type(head) is nn.Linear
         and not (head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))

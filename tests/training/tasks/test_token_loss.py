@@ -89,7 +89,7 @@ def assert_same_losses(model: Any, batch: dict[str, Tensor]) -> None:
 HEADS = {
     "by LoRA": LoRA(r=2, target_modules=["lm_head", "q_proj"]),
     "by a bottleneck": BottleneckAdapter(target_modules=["lm_head"], reduction_factor=4),
-    "trained whole": LoRA(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "fully trained": LoRA(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]),
     "alone": LinearProbe(modules_to_save=["lm_head"]),
     "in a few rows, tied": SelectiveTuning(token_ids=[3, 5]),
 }

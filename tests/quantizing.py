@@ -1,4 +1,4 @@
-"""Networks with quantised layers: by packages where they are installed, and by twenty lines of plain torch."""
+"""Networks with quantized layers: by packages where they are installed, and by twenty lines of plain torch."""
 
 import copy
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.network.quantized.weights import Quantised, reads
+from lightning_peft.network.quantized.weights import Quantized, reads
 
 OWN, PACKAGES = "own", ["nf4", "nf4 double", "fp4", "llm.int8", "torchao int8", "torchao int4"]
 
@@ -39,19 +39,19 @@ class NibbleLinear(nn.Linear):
 
 
 @reads(f"{Nibbles.__module__}.{Nibbles.__qualname__}")
-def _nibbles(module: Any, name: str, weight: Any) -> Quantised:
-    return Quantised(
+def _nibbles(module: Any, name: str, weight: Any) -> Quantized:
+    return Quantized(
         scheme="nibbles",
         shape=torch.Size((module.out_features, module.in_features)),
-        dequantise=module.values,
+        dequantize=module.values,
         error=lambda: 0.51 * module.step,
         beside=frozenset(("step",)),
         attributes=("bits",),
     )
 
 
-def quantise(network: nn.Module, scheme: str) -> nn.Module:
-    """A copy of ``network`` whose linear layers are quantised, all but the last; skips where the package is missing."""
+def quantize(network: nn.Module, scheme: str) -> nn.Module:
+    """A copy of ``network`` whose linear layers are quantized, all but the last; skips where the package is missing."""
     network = copy.deepcopy(network)
     names = [name for name, module in network.named_modules() if type(module) is nn.Linear][:-1]
     if scheme.startswith("torchao"):
@@ -59,7 +59,7 @@ def quantise(network: nn.Module, scheme: str) -> nn.Module:
     layer = NibbleLinear if scheme == OWN else _bitsandbytes_layer(scheme)
     for name in names:
         network.set_submodule(name, layer(network.get_submodule(name)))
-    return network.to("cpu")  # where bitsandbytes quantises
+    return network.to("cpu")  # where bitsandbytes quantizes
 
 
 def _by_torchao(network: nn.Module, names: list[str], four_bits: bool) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Runs of a Trainer on quantised bases, and models that transformers itself quantises when it loads them."""
+"""Runs of a Trainer on quantized bases, and models that transformers itself quantizes when it loads them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from project import Project
-from quantising import OWN, PACKAGES, quantise
+from quantizing import OWN, PACKAGES, quantize
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -17,17 +17,17 @@ from lightning_peft import LoRA, PEFTCallback, load_adapter, load_from_checkpoin
 from lightning_peft.cli.commands import CommandTrainer
 
 
-class QuantisedProject(Project):
+class QuantizedProject(Project):
     def __init__(self, scheme: str = "", lr: float = 1e-2) -> None:
         super().__init__(lr)
         if scheme:
-            self.net = quantise(self.net, scheme)
+            self.net = quantize(self.net, scheme)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("scheme", [OWN, *PACKAGES])
 def test_a_run_trains_saves_resumes_and_loads_the_adapter(scheme, precision, data, trainer, tmp_path) -> None:
-    model, again = QuantisedProject(scheme), QuantisedProject(scheme)
+    model, again = QuantizedProject(scheme), QuantizedProject(scheme)
     base = {key: tensor.clone() for key, tensor in model.state_dict().items() if tensor.dtype == torch.uint8}
     run = trainer(PEFTCallback(LoRA(r=4), show=False), precision=precision)
     run.fit(model, data, data)
@@ -43,7 +43,7 @@ def test_a_run_trains_saves_resumes_and_loads_the_adapter(scheme, precision, dat
     )
     assert any(not torch.equal(again.state_dict()[key], tensor) for key, tensor in file.items())
     for loaded in (
-        load_from_checkpoint(QuantisedProject, path, scheme=scheme),
+        load_from_checkpoint(QuantizedProject, path, scheme=scheme),
         load_from_checkpoint(Project, path),
     ):
         found = {key: tensor for key, tensor in loaded.state_dict().items() if ".peft." in key}
@@ -51,12 +51,12 @@ def test_a_run_trains_saves_resumes_and_loads_the_adapter(scheme, precision, dat
 
 
 def test_the_command_merges_into_a_plain_model(data, trainer, tmp_path: Path) -> None:
-    model = QuantisedProject(OWN)
+    model = QuantizedProject(OWN)
     run = trainer(PEFTCallback(LoRA(r=4), show=False))
     run.fit(model, data, data)
     run.save_checkpoint(tmp_path / "task.ckpt")
     command = CommandTrainer(accelerator="cpu", logger=False)
-    command.merge(QuantisedProject(OWN), str(tmp_path / "task.ckpt"), str(tmp_path / "merged.ckpt"), dequantize=True)
+    command.merge(QuantizedProject(OWN), str(tmp_path / "task.ckpt"), str(tmp_path / "merged.ckpt"), dequantize=True)
     merged, x = Project.load_from_checkpoint(tmp_path / "merged.ckpt").eval(), next(iter(data))[0]
     torch.testing.assert_close(merged(x), model.eval()(x), rtol=1e-4, atol=1e-5)
 
@@ -86,14 +86,14 @@ CONFIGS = {"bitsandbytes nf4": _four_bits, "bitsandbytes int8": _eight_bits, "to
 
 
 class LanguageModel(L.LightningModule):
-    """A language model read from a directory, quantised as it is read."""
+    """A language model read from a directory, quantized as it is read."""
 
-    def __init__(self, path: str, quantisation: str = "") -> None:
+    def __init__(self, path: str, quantization: str = "") -> None:
         super().__init__()
         self.save_hyperparameters()
         from transformers import AutoModelForCausalLM
 
-        config = CONFIGS[quantisation]() if quantisation else None
+        config = CONFIGS[quantization]() if quantization else None
         self.net = AutoModelForCausalLM.from_pretrained(path, quantization_config=config).train()
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -107,9 +107,9 @@ class LanguageModel(L.LightningModule):
 
 
 @pytest.fixture(params=CONFIGS)
-def quantisation(request: pytest.FixtureRequest) -> str:
+def quantization(request: pytest.FixtureRequest) -> str:
     pytest.importorskip(request.param.split()[0])
-    pytest.importorskip("accelerate")  # transformers quantises with its help
+    pytest.importorskip("accelerate")  # transformers quantizes with its help
     return request.param
 
 
@@ -120,14 +120,14 @@ def llama(tmp_path: Path) -> str:
 
 
 def test_a_language_model_is_adapted_in_few_bits_and_merged(
-    quantisation: str, llama: str, trainer: Callable[..., L.Trainer], tmp_path: Path
+    quantization: str, llama: str, trainer: Callable[..., L.Trainer], tmp_path: Path
 ) -> None:
     ids = torch.randint(1, tiny_models.VOCABULARY, (2, 6))
-    model = LanguageModel(llama, quantisation)
+    model = LanguageModel(llama, quantization)
     run = trainer(PEFTCallback(LoRA(r=4), show=False))
     run.fit(model, DataLoader([ids] * 3, batch_size=None))
     run.save_checkpoint(path := tmp_path / "task.ckpt")
-    again, plain = load_from_checkpoint(LanguageModel, path), load_from_checkpoint(LanguageModel, path, quantisation="")
+    again, plain = load_from_checkpoint(LanguageModel, path), load_from_checkpoint(LanguageModel, path, quantization="")
     assert torch.equal(again.eval()(ids), model.eval()(ids))
     assert not plain.net.config.to_dict().get("quantization_config")
 
