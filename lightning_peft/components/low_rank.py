@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, OutputAdapter, adapter_dtype
-from lightning_peft.core.method import Placement, is_number
+from lightning_peft.core.fields import Count, Positive, Probability
+from lightning_peft.core.method import Placement
 from lightning_peft.core.peft_form import (
     CONFIG,
     PeftFile,
@@ -46,37 +47,26 @@ class LowRankMethod(LayerMethod):
 
     peft_types: ClassVar[tuple[str, ...]] = ("LORA",)
 
-    r: int = 8
+    r: Count = 8
     """Rank of the update, at least 1 and at most the smaller side of each layer's matrix."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """Numerator of the scale, greater than 0."""
-    dropout: float = 0.0
+    dropout: Probability = 0.0
     """Probability of dropping an input feature of A, 0 to 1 (exclusive). Embeddings, fed with indices, are exempt."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
+    rank_pattern: dict[str, Count] = field(default_factory=dict)
     """Ranks of layers whose name ends in the key (a suffix or a regular expression)."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    alpha_pattern: dict[str, Positive] = field(default_factory=dict)
     """Alphas of layers whose name ends in the key (a suffix or a regular expression)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), Mapping):
-                raise self.invalid(name, "a mapping from layer names to values")
-        for name, ranks in {"r": {"": self.r}, "rank_pattern": self.rank_pattern}.items():
-            if not all(type(r) is int and r >= 1 for r in ranks.values()):
-                raise self.invalid(name, "at least 1 and whole")
-        for name, alphas in {"alpha": {"": self.alpha}, "alpha_pattern": self.alpha_pattern}.items():
-            if not all(is_number(alpha) and 0 < alpha < math.inf for alpha in alphas.values()):
-                raise self.invalid(name, "a number greater than 0")
-        self.check_probability("dropout")
-        self.check_flags("use_rslora")
-        for name in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, name):
                 try:
                     re.compile(pattern)
-                except (re.error, TypeError) as error:
+                except re.error as error:
                     raise self.invalid(name, f"keyed by suffixes or regular expressions ({error})") from error
 
     def select(self, model: nn.Module, fully_trained: Sequence[str]) -> list[Host]:

@@ -102,7 +102,7 @@ class OutputAdapter(Adapter):
     """Acts after the host: ``forward(x, y) -> y'`` with the host's first input ``x`` and its output ``y``."""
 
     in_place: bool = False
-    """True if it has a :meth:`forward_` and the host's output is a new tensor that the host's backward does not read."""
+    """True if it has a :meth:`forward_`, and neither the host nor its backward reads the output any more."""
     saves_output: bool = False
     """True if the backward of :meth:`forward_` reads the output, so that no other adapter may write into it."""
 

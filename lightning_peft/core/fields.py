@@ -1,18 +1,63 @@
-"""Fields of methods: what their annotations declare, for values that come from files."""
+"""Fields of methods: the words for their annotations, and the one check of values against them.
 
+``r: Count = 8`` says all that a value has to fulfil by itself. The check reads it when a method is made, ``--help`` of
+the command shows it, and what fields have to fulfil together is left to the method's ``__post_init__``.
+"""
+
+import math
 import reprlib
 import types
-from collections.abc import Collection, Mapping, Sequence, Set
-from typing import Any, Literal, Union, get_args, get_origin
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True, repr=False)
+class Must:
+    """What a value must be, beside being of the type that it is annotated with."""
+
+    words: str
+    """Ends the sentence "the field must be"."""
+    holds: Callable[[Any], bool]
+
+    def __repr__(self) -> str:
+        return self.words
+
+
+Count = Annotated[int, Must("at least 1 and whole", lambda n: n >= 1)]
+Probability = Annotated[float, Must("a probability: at least 0, less than 1", lambda p: 0 <= p < 1)]
+Positive = Annotated[float, Must("a number greater than 0", lambda x: 0 < x < math.inf)]
+NotNegative = Annotated[float, Must("a number, at least 0", lambda x: 0 <= x < math.inf)]
+Patterns = Annotated[
+    list[str] | str | None,
+    Must("a non-empty string or a list of them", lambda v: v is None or (v != "" and all(v))),
+]
+Layers = Annotated[
+    list[int] | None, Must("a list of layer indices, or None for all", lambda v: v is None or len(v) > 0)
+]
+
+
+@cache
+def declared_fields(cls: type) -> Mapping[str, Any]:
+    """The annotations of a dataclass by field; empty where they use names that only a type checker imports."""
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    except NameError:
+        return {}
+    return {name: hints[name] for name in getattr(cls, "__dataclass_fields__", {})}
 
 
 def fits(value: Any, declared: Any) -> bool:
-    """True if ``value`` is of the ``declared`` type, as an annotation names it.
+    """True if ``value`` is what an annotation ``declared`` says.
 
     A whole number is a float too, true and false are no numbers, and any kind of sequence or set stands for any other,
     as files know lists alone. Annotations that say nothing here (Any, type variables) fit everything.
     """
     origin, inner = get_origin(declared), get_args(declared)
+    if origin is Annotated:
+        kind, *conditions = inner
+        return fits(value, kind) and all(c.holds(value) for c in conditions if isinstance(c, Must))
     if declared is Any:
         return True
     if declared is None or declared is type(None):
@@ -36,9 +81,22 @@ def fits(value: Any, declared: Any) -> bool:
     return isinstance(value, kind)
 
 
-def named(declared: Any) -> str:
-    """The annotation as a user writes it."""
-    return declared.__name__ if isinstance(declared, type) and not get_args(declared) else str(declared)
+def expected(declared: Any, value: Any = None) -> str:
+    """What an annotation asks for, to end the sentence "the field must be"; of a mapping, what ``value`` lacks."""
+    origin, inner = get_origin(declared), get_args(declared)
+    if origin is Annotated:
+        return next((c.words for c in inner if isinstance(c, Must)), expected(inner[0]))
+    if origin in (Union, types.UnionType):
+        return ", or ".join(expected(one, value) for one in sorted(inner, key=lambda one: one is type(None)))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if inner and isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            return "a mapping"
+        keyed = all(fits(key, inner[0]) for key in value)
+        return expected(inner[1]) if keyed else f"keyed by {expected(inner[0])}s".replace("a ", "")
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
+    return words.get(declared) or (declared.__name__ if isinstance(declared, type) and not inner else str(declared))
 
 
 def shown(value: Any) -> str:

@@ -7,12 +7,12 @@ subclass of :class:`Method`; there is no list to add it to.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.fields import fits, named, shown
+from lightning_peft.core.fields import Patterns, declared_fields, expected, fits, shown
 from lightning_peft.core.peft_form import PeftFile, PeftState
 from lightning_peft.errors import CheckpointError, ConfigError, PEFTError, did_you_mean
 
@@ -40,7 +40,7 @@ class Plan:
 class Method(ABC):
     """Base of all methods. Subclasses are frozen, keyword-only dataclasses; planning never changes the model."""
 
-    modules_to_save: list[str] | str | None
+    modules_to_save: Patterns
     """Modules fully trained beside the adapters: name suffixes, ``"auto"`` (the task head), or None."""
     exclusive: ClassVar[str] = ""
     """What only one method of a combination can bring, such as ``"prompt"``; empty for most."""
@@ -49,6 +49,10 @@ class Method(ABC):
     peft_marks: ClassVar[Mapping[str, Any]] = {}
     """Fields of peft's config, with their values, that tell this method's files from others of the same type, such as
     ``{"use_dora": True}``. Of several methods that fit a file, the one with the most marks reads it."""
+
+    def __post_init__(self) -> None:
+        """Check the fields. A method that checks more calls this first."""
+        self.check_fields()
 
     @property
     def starts_as_base(self) -> bool:
@@ -117,62 +121,19 @@ class Method(ABC):
         values = {name: _primitive(getattr(self, name)) for name in self.field_names()}
         return {"method": type(self).__name__, **values}
 
-    def invalid(self, name: str, expected: str) -> ConfigError:
+    def invalid(self, name: str, words: str) -> ConfigError:
         """The error for a field that has a value it cannot have."""
-        return ConfigError(f"{type(self).__name__}.{name} must be {expected}, not {getattr(self, name)!r}.")
+        return ConfigError(f"{type(self).__name__}.{name} must be {words}, not {shown(getattr(self, name))}.")
 
-    def check_patterns(self, *names: str) -> None:
-        """Raise unless each of these fields is None, a non-empty string or a list of them.
-
-        Raises:
-            ConfigError: one is not.
-        """
-        for name in names:
-            value = getattr(self, name)
-            strings = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
-            if not (strings or (isinstance(value, str) and value) or value is None):
-                raise self.invalid(name, "a non-empty string or a list of them")
-
-    def check_layers(self, name: str = "layers") -> None:
-        """Raise unless this field is None or a list of indices.
+    def check_fields(self) -> None:
+        """Compare every field with its annotation.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: names the first one that has a value it cannot have.
         """
-        value = getattr(self, name)
-        if value is not None and not (
-            isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value)
-        ):
-            raise self.invalid(name, "a list of layer indices, or None for all")
-
-    def check_flags(self, *names: str) -> None:
-        """Raise unless each of these fields is True or False.
-
-        Raises:
-            ConfigError: one is not.
-        """
-        for name in names:
-            if type(getattr(self, name)) is not bool:
-                raise self.invalid(name, "true or false")
-
-    def check_counts(self, *names: str) -> None:
-        """Raise unless each of these fields is a whole number from 1 on.
-
-        Raises:
-            ConfigError: one is not.
-        """
-        for name in names:
-            if type(value := getattr(self, name)) is not int or value < 1:
-                raise self.invalid(name, "at least 1 and whole")
-
-    def check_probability(self, name: str) -> None:
-        """Raise unless this field is a number from 0 to 1, 1 excluded.
-
-        Raises:
-            ConfigError: it is not.
-        """
-        if not (is_number(value := getattr(self, name)) and 0 <= value < 1):
-            raise self.invalid(name, "a probability: at least 0, less than 1")
+        for name, declared in declared_fields(type(self)).items():
+            if not fits(value := getattr(self, name), declared):
+                raise self.invalid(name, expected(declared, value))
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -202,35 +163,15 @@ class Method(ABC):
                 f"{did_you_mean(unknown[0], allowed)} A newer version of lightning_peft may have written this."
             )
         try:
-            values = {key: _revived(value) for key, value in values.items()}
-            method = known[name](**values)
+            method = known[name](**{key: _revived(value) for key, value in values.items()})
         except PEFTError:
             raise
         except RecursionError:
             raise ConfigError(f"{name}: the methods in it are nested without end.") from None
-        except Exception as error:  # met by a value of a wrong type: the check of types has the better words for it
-            known[name]._check_types(values)
+        except Exception as error:
             raise ConfigError(f"{name} cannot be made of the values given: {type(error).__name__}: {error}.") from error
-        known[name]._check_types({key: getattr(method, key) for key in values})
+        method.check_fields()  # of a method that forgets to
         return method
-
-    @classmethod
-    def _check_types(cls, values: Mapping[str, Any]) -> None:
-        """Compare values with the types that the fields are declared with.
-
-        ``__post_init__`` checks what a field can mean; this holds for every field of every method, those that forget
-        one included.
-
-        Raises:
-            ConfigError: a value is of another type.
-        """
-        try:
-            declared = get_type_hints(cls)
-        except NameError:  # annotations of names that only a type checker imports
-            return
-        for name, value in values.items():
-            if not fits(value, declared[name]):
-                raise ConfigError(f"{cls.__name__}.{name} must be {named(declared[name])}, not {shown(value)}.")
 
 
 def registered_methods(base: type[Method] = Method) -> Iterator[type[Method]]:
@@ -239,11 +180,6 @@ def registered_methods(base: type[Method] = Method) -> Iterator[type[Method]]:
         if not getattr(cls, "__abstractmethods__", None):
             yield cls
         yield from registered_methods(cls)
-
-
-def is_number(value: object) -> bool:
-    """True if a field's value is a number; to Python, True and False are as well."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _primitive(value: Any) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.fields import Layers, Patterns
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.errors import ConfigError
 from lightning_peft.network.hosts import Host
@@ -19,19 +20,15 @@ from lightning_peft.network.targets import ALL_LINEAR, select_hosts
 class TargetedMethod(Method):
     """A method that acts on chosen parts of the network."""
 
-    target_modules: list[str] | str | None = None
+    target_modules: Patterns = None
     """What to adapt: a list of name suffixes and roles, or one regular expression for whole names; None for the places
     that the method finds itself. Roles: attention, query, key, value, attention-output, ffn, ffn-output."""
-    exclude_modules: list[str] | str | None = None
+    exclude_modules: Patterns = None
     """Layers to leave alone: name parts (all below is left alone too), roles, or one regular expression."""
-    layers: list[int] | None = None
+    layers: Layers = None
     """Indices of the layers to adapt in the outermost numbered container; negative ones count from the end."""
-    modules_to_save: list[str] | str | None = "auto"
+    modules_to_save: Patterns = "auto"
     """Modules fully trained beside the adapters: name suffixes; "auto" finds the task head of a transformers model."""
-
-    def __post_init__(self) -> None:
-        self.check_patterns("target_modules", "exclude_modules", "modules_to_save")
-        self.check_layers()
 
     def select_parameters(
         self,
@@ -52,7 +49,7 @@ class TargetedMethod(Method):
 class LayerMethod(TargetedMethod):
     """A method that puts one adapter on each chosen layer."""
 
-    target_modules: list[str] | str | None = None
+    target_modules: Patterns = None
     """Layers to adapt: "all-linear" (every linear layer but the task head; None means the same), a list of name
     suffixes and roles, or one regular expression for whole names. Roles: attention, query, key, value,
     attention-output, ffn, ffn-output."""

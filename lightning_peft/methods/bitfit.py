@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_peft.components.entries import tune
+from lightning_peft.core.fields import Patterns
 from lightning_peft.core.method import Plan
 from lightning_peft.core.targeted import TargetedMethod
 
@@ -24,7 +25,7 @@ class BitFit(TargetedMethod):
         NotApplicableError: the model, or a named layer, has no bias.
     """
 
-    target_modules: list[str] | str | None = None
+    target_modules: Patterns = None
     """Layers whose biases train: None for all but the task head; else a list of names or suffixes (all below is meant
     too), roles and the words "norm" and "embedding", or one regular expression for whole names. Roles: attention,
     query, key, value, attention-output, ffn, ffn-output."""

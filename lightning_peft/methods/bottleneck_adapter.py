@@ -19,7 +19,7 @@ h is taken before the block's own dropout.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from lightning_peft.components.gate import Gate
 from lightning_peft.components.taps import Capture, Tap
 from lightning_peft.core.adapter import InputAdapter, OutputAdapter, adapter_dtype
-from lightning_peft.core.method import Placement, Plan, is_number
+from lightning_peft.core.fields import Count, Must, Patterns, Probability, shown
+from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 from lightning_peft.network.calls import first_input, first_output, with_first_input, with_first_output
@@ -68,6 +69,7 @@ _NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "identity": lambda z: z,
 }
+_Factor = Annotated[float, Must("a number other than 0", lambda x: x != 0 and math.isfinite(x))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +95,15 @@ class BottleneckAdapter(TargetedMethod):
     """What it reads: the sublayer's output h, the sum h + x (normed where the block is post-LN), or the input x."""
     residual: Literal["before", "after"] | None = None
     """Where it is added: before the residual sum (and its norm), or after; "after" needs reads="sum"."""
-    reduction_factor: float | None = None
+    reduction_factor: Annotated[float, Must("a number, at least 1", lambda x: 1 <= x < math.inf)] | None = None
     """Features of the stream over those of the bottleneck, at least 1."""
-    width: int | None = None
+    width: Count | None = None
     """Features of the bottleneck, at least 1; takes the place of reduction_factor."""
     nonlinearity: str | None = None
     """One of relu, gelu, swish, silu, tanh, leaky_relu, identity."""
-    scale: float | Literal["learned", "channel"] | None = None
+    scale: Literal["learned", "channel"] | _Factor | None = None
     """A fixed factor other than 0, or a learned one that starts at 1: one number, or one for each channel."""
-    dropout: float = 0.0
+    dropout: Probability = 0.0
     """Probability of dropping a feature of the bottleneck, 0 to 1 (exclusive)."""
     init: Literal["houlsby", "bert", "mam"] | None = None
     """Weights at the start: "houlsby" truncated normal 0.01, "bert" normal 0.02, "mam" up zero (exactly the base)."""
@@ -109,37 +111,18 @@ class BottleneckAdapter(TargetedMethod):
     """A LayerNorm of its own, before the bottleneck or after it; None for none."""
     gating: bool = False
     """True if a gate from the adapter's input, from 0 to 1, scales what it adds (UniPELT)."""
-    target_modules: list[str] | str | None = None
+    target_modules: Patterns = None
     """None for the blocks of a transformer; else names of any modules: y + f(y), by a 1×1 convolution behind one."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not isinstance(self.preset, str) or self.preset not in PRESETS:
             raise ConfigError(
                 f"BottleneckAdapter has no preset {self.preset!r}; presets: {', '.join(PRESETS)}."
                 f"{did_you_mean(str(self.preset), PRESETS)}"
             )
-        for name in ("after_attention", "after_ffn"):
-            if not isinstance(self.choice(name), bool):
-                raise self.invalid(name, "true, false, or null for the preset's")
-        self.check_flags("after_cross_attention", "gating")
-        for name, known in {
-            "reads": ("output", "sum", "input"),
-            "residual": ("before", "after"),
-            "nonlinearity": tuple(_NONLINEARITIES),
-            "init": ("houlsby", "bert", "mam"),
-            "layer_norm": ("before", "after", None),
-        }.items():
-            if self.choice(name) not in known:
-                raise self.invalid(name, f"one of {', '.join(map(repr, known))}")
-        factor, scale = self.choice("reduction_factor"), self.choice("scale")
-        if not (is_number(factor) and 1 <= factor < math.inf):
-            raise self.invalid("reduction_factor", "a number, at least 1")
-        if self.width is not None and not (type(self.width) is int and self.width >= 1):
-            raise self.invalid("width", "at least 1 and whole, or null to follow reduction_factor")
-        if scale not in ("learned", "channel") and not (is_number(scale) and scale and math.isfinite(scale)):
-            raise self.invalid("scale", "'learned', 'channel' or a number other than 0")
-        self.check_probability("dropout")
+        super().__post_init__()
+        if self.choice("nonlinearity") not in _NONLINEARITIES:
+            raise self.invalid("nonlinearity", f"one of {', '.join(map(repr, _NONLINEARITIES))}")
         if self.choice("residual") == "after" and self.choice("reads") != "sum":
             raise self.invalid("residual", "'before' unless reads='sum': after the residual, the sum is what is there")
         if not any(self.choice(name) for name in ("after_attention", "after_ffn", "after_cross_attention")):
@@ -215,8 +198,8 @@ class BottleneckAdapter(TargetedMethod):
         m = self.width or max(1, int(width.features // self.choice("reduction_factor")))
         return Bottleneck(self, width.features, m, next(host.parameters()), batch_dim)
 
-    def invalid(self, name: str, expected: str) -> ConfigError:
-        return ConfigError(f"BottleneckAdapter.{name} must be {expected}, not {self.choice(name)!r}.")
+    def invalid(self, name: str, words: str) -> ConfigError:
+        return ConfigError(f"BottleneckAdapter.{name} must be {words}, not {shown(self.choice(name))}.")
 
 
 class Bottleneck(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.core.fields import Patterns
 from lightning_peft.core.method import Method, Plan
 from lightning_peft.errors import ConfigError, did_you_mean
 
@@ -44,7 +45,7 @@ class Combine(Method):
     which are then kept here."""
     preset: str | None = None
     """In place of methods: "mam" or "unipelt". Without either it is "mam"."""
-    modules_to_save: list[str] | str | None = "auto"
+    modules_to_save: Patterns = "auto"
     """Modules fully trained beside the adapters, for all methods together: name suffixes, "auto", or None."""
 
     def __post_init__(self) -> None:
@@ -70,12 +71,7 @@ class Combine(Method):
                     f"Combine: {' and '.join(names)} both bring a {kind}, and there is room for one. Use one with more "
                     "num_virtual_tokens, or two adapters: inject(model, method, name)."
                 )
-        fully_trained = [self.modules_to_save] if isinstance(self.modules_to_save, str) else self.modules_to_save
-        strings = isinstance(fully_trained, (list, tuple)) and all(
-            isinstance(name, str) and name for name in fully_trained
-        )
-        if fully_trained is not None and not strings:
-            raise self.invalid("modules_to_save", "a non-empty string, a list of them, or null")
+        super().__post_init__()
         for method in self.methods:
             if method.modules_to_save not in ("auto", None, self.modules_to_save):
                 raise ConfigError(

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter, adapter_dtype
+from lightning_peft.core.fields import Patterns
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.peft_form import PeftFile, PeftState, PeftTensor, exact_names, exact_targets, listed
 from lightning_peft.core.recipes import Recipe
@@ -46,16 +47,12 @@ class IA3(TargetedMethod):
 
     peft_types: ClassVar[tuple[str, ...]] = ("IA3",)
 
-    target_modules: list[str] | str | None = None
+    target_modules: Patterns = None
     """Layers to rescale; None for key, value and ffn-output. Of a layer that holds query, key and value in one, None
     rescales keys and values, its name all three."""
-    feedforward_modules: list[str] | str | None = None
+    feedforward_modules: Patterns = None
     """Those of the layers whose input is rescaled, not their output; None for ffn-output where target_modules is None
     too, else for none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_patterns("feedforward_modules")
 
     def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         hosts = [h for h in find_hosts(model) if not within(h.name, fully_trained)]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.components.entries import tune
 from lightning_peft.components.tuned import TunedParameters
+from lightning_peft.core.fields import Patterns
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.peft_form import PeftFile, PeftState, PeftTensor, exact_names, exact_targets
 from lightning_peft.core.targeted import TargetedMethod
@@ -32,7 +33,7 @@ class LayerNormTuning(TargetedMethod):
 
     peft_types: ClassVar[tuple[str, ...]] = ("LN_TUNING",)
 
-    target_modules: list[str] | str | None = None
+    target_modules: Patterns = None
     """Norms that train: None for all but those of the task head; else a list of names or suffixes (all below is meant
     too), or one regular expression for whole names."""
 

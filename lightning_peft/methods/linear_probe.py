@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lightning_peft.core.fields import Patterns
 from lightning_peft.core.method import Method, Plan
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.walk import join
@@ -23,14 +24,8 @@ class LinearProbe(Method):
         NotApplicableError: the model has no task head that can be told, and none is named.
     """
 
-    modules_to_save: list[str] | str | None = "auto"
+    modules_to_save: Patterns = "auto"
     """The task head: "auto" finds that of a transformers model; else name suffixes, such as ["head"]."""
-
-    def __post_init__(self) -> None:
-        value = self.modules_to_save
-        strings = isinstance(value, (list, tuple)) and all(isinstance(v, str) and v for v in value)
-        if not (strings or (isinstance(value, str) and value) or value is None):
-            raise self.invalid("modules_to_save", "a non-empty string or a list of them")
 
     def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         if not fully_trained:

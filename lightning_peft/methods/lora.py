@@ -35,10 +35,6 @@ class LoRA(LowRankMethod):
     """True if a gate from the layer's input (batch, length, features), from 0 to 1, scales the update (UniPELT). Then
     it cannot be merged."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_flags("gating")
-
     def combined(self, adapters: Mapping[str, Adapter]) -> "LoRA":
         ranks = {name: len(factors.a) for name, adapter in adapters.items() if (factors := adapter.low_rank())}
         r = max(ranks.values())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
+from lightning_peft.core.fields import Count, Patterns, Probability
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.core.peft_form import PROMPT, PeftState, PeftTensor, sizes
 from lightning_peft.prompting.prompts import PromptInput, plan_prompts
@@ -29,27 +30,18 @@ class PTuning(Method):
 
     exclusive: ClassVar[str] = "prompt"
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: Count = 20
     """Vectors of the prompt, at least 1."""
     encoder: Literal["mlp", "lstm"] = "mlp"
     """What makes the prompt out of the trained vectors."""
-    encoder_hidden_size: int | None = None
+    encoder_hidden_size: Count | None = None
     """Hidden features of the encoder, at least 1; None for the width of the model's embeddings."""
-    encoder_num_layers: int = 2
+    encoder_num_layers: Count = 2
     """Layers of the LSTM, at least 1."""
-    encoder_dropout: float = 0.0
+    encoder_dropout: Probability = 0.0
     """Probability of dropping a feature between the layers of the LSTM, 0 to 1 (exclusive)."""
-    modules_to_save: list[str] | str | None = "auto"
+    modules_to_save: Patterns = "auto"
     """Modules fully trained beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
-
-    def __post_init__(self) -> None:
-        self.check_counts("num_virtual_tokens", "encoder_num_layers")
-        if self.encoder_hidden_size is not None:
-            self.check_counts("encoder_hidden_size")
-        if self.encoder not in ("mlp", "lstm"):
-            raise self.invalid("encoder", "one of 'mlp', 'lstm'")
-        self.check_probability("encoder_dropout")
-        self.check_patterns("modules_to_save")
 
     @property
     def starts_as_base(self) -> bool:

@@ -9,10 +9,9 @@ P_K and P_V are parameters, or come out of an MLP that all layers share up to it
 where positions are absolute or rotary, as in the reference implementation.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from lightning_peft.components.gate import Gate, GatedInput
 from lightning_peft.components.taps import Tap
 from lightning_peft.core.adapter import Adapter, adapter_dtype
-from lightning_peft.core.method import Method, Placement, Plan, is_number
+from lightning_peft.core.fields import Count, Layers, Must, NotNegative, Patterns
+from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTensor, sizes
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, TargetError
 from lightning_peft.network.blocks import PROJECTIONS, Attention, Block, find_blocks
@@ -34,6 +34,10 @@ from lightning_peft.prompting.multihead import MultiheadOutput, PrefixedMultihea
 from lightning_peft.prompting.shift import shift
 
 _PLACES = ("encoder", "decoder", "cross")
+_Places = Annotated[
+    list[str],
+    Must(f"a list of any of {', '.join(_PLACES)}", lambda v: len(v) > 0 and all(place in _PLACES for place in v)),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,35 +52,25 @@ class PrefixTuning(Method):
     exclusive: ClassVar[str] = "prefix"
     peft_types: ClassVar[tuple[str, ...]] = ("PREFIX_TUNING",)
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: Count = 20
     """Keys and values of the prefix in each attention, at least 1."""
     prefix_projection: bool = False
     """True if the prefix comes out of an MLP, which may train better; else keys and values are parameters."""
-    encoder_hidden_size: int = 512
+    encoder_hidden_size: Count = 512
     """Hidden features of that MLP, at least 1."""
-    init_std: float = 0.02
+    init_std: NotNegative = 0.02
     """Standard deviation of keys and values at the start (of the MLP's input: 1), at least 0."""
-    places: list[str] = field(default_factory=lambda: list(_PLACES))
+    places: _Places = field(default_factory=lambda: list(_PLACES))
     """Of an encoder-decoder model, which attentions: any of "encoder", "decoder" (to itself), "cross" (to the encoder).
     peft knows "decoder" alone. Other models have one kind."""
     gating: bool = False
     """True if a gate from the attention's input, from 0 to 1, scales the prefix (UniPELT)."""
-    exclude_modules: list[str] | str | None = None
+    exclude_modules: Patterns = None
     """Attentions to leave alone: name parts, or one regular expression."""
-    layers: list[int] | None = None
+    layers: Layers = None
     """Indices of the blocks that get one, in the outermost numbered container; negative ones count from the end."""
-    modules_to_save: list[str] | str | None = "auto"
+    modules_to_save: Patterns = "auto"
     """Modules fully trained beside the prefix: name suffixes; "auto" finds the task head of a transformers model."""
-
-    def __post_init__(self) -> None:
-        self.check_counts("num_virtual_tokens", "encoder_hidden_size")
-        self.check_flags("prefix_projection", "gating")
-        if not (is_number(self.init_std) and 0 <= self.init_std < math.inf):
-            raise self.invalid("init_std", "a number, at least 0")
-        if not (isinstance(self.places, (list, tuple)) and self.places and all(p in _PLACES for p in self.places)):
-            raise self.invalid("places", f"a list of any of {', '.join(_PLACES)}")
-        self.check_patterns("exclude_modules", "modules_to_save")
-        self.check_layers()
 
     @property
     def starts_as_base(self) -> bool:

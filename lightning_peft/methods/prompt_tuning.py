@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
+from lightning_peft.core.fields import Count, Patterns
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTensor, sizes
 from lightning_peft.errors import ConfigError
@@ -33,7 +34,7 @@ class PromptTuning(Method):
     # What an encoder has made is a prompt; peft does not save the encoder.
     peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING", "P_TUNING")
 
-    num_virtual_tokens: int = 20
+    num_virtual_tokens: Count = 20
     """Vectors of the prompt, at least 1."""
     init: Literal["random", "vocabulary", "text"] = "vocabulary"
     """What it starts from: random vectors as large as the model's embeddings, the embeddings of tokens drawn at random,
@@ -42,17 +43,11 @@ class PromptTuning(Method):
     """The text for init="text", such as "Is this review positive?"."""
     tokenizer: str | None = None
     """Name or path of the tokenizer for init_text."""
-    modules_to_save: list[str] | str | None = "auto"
+    modules_to_save: Patterns = "auto"
     """Modules fully trained beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
 
     def __post_init__(self) -> None:
-        self.check_counts("num_virtual_tokens")
-        if self.init not in ("random", "vocabulary", "text"):
-            raise self.invalid("init", "one of 'random', 'vocabulary', 'text'")
-        for name in ("init_text", "tokenizer"):
-            if not isinstance(getattr(self, name), (str, type(None))):
-                raise self.invalid(name, "a string, or None")
-        self.check_patterns("modules_to_save")
+        super().__post_init__()
         given = [bool(self.init_text), bool(self.tokenizer)]
         if not all(given) if self.init == "text" else any(given):
             raise ConfigError(

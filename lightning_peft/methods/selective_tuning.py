@@ -10,7 +10,7 @@ mask: Sung et al., 2021, arXiv:2111.09839).
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,23 @@ from lightning_peft.components.entries import TunedEntries, entries, tune
 from lightning_peft.components.token_rows import find_table, tune_rows
 from lightning_peft.components.tuned import trainable_copy
 from lightning_peft.core.adapter import adapter_dtype
+from lightning_peft.core.fields import Count, Must, Patterns
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 from lightning_peft.network.parameters import KINDS, BaseParameter, count, find_parameters, outside
 from lightning_peft.network.selection import readers_of
+
+_Names = Annotated[
+    list[str] | None, Must("a list of non-empty strings, or null", lambda v: v is None or (len(v) > 0 and all(v)))
+]
+_Tokens = Annotated[
+    list[int] | None,
+    Must("a list of whole numbers from 0 on, or null", lambda v: v is None or (len(v) > 0 and min(v) >= 0)),
+]
+_Share = Annotated[
+    float | None, Must("a number greater than 0 and less than 1, or null", lambda x: x is None or 0 < x < 1)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,34 +48,29 @@ class SelectiveTuning(TargetedMethod):
         TargetError: nothing is chosen, everything is, or a pattern matches nothing.
     """
 
-    target_modules: list[str] | str | None = None
+    target_modules: Patterns = None
     """Layers whose parameters train: a list of names or suffixes (all below is meant too), roles and the words "norm"
     and "embedding", or one regular expression for whole names; None for all but the task head. Roles: attention,
     query, key, value, attention-output, ffn, ffn-output."""
-    parameters: list[str] | None = None
+    parameters: _Names = None
     """Names of the parameters that train: suffixes such as "query.weight", or regular expressions; None for all."""
-    parameter_types: list[str] | None = None
+    parameter_types: _Names = None
     """Kinds of parameters that train: "weight" (matrices and kernels), "bias" (of norms too), "norm" (weight and bias),
     "embedding" (tables); None for all."""
-    token_ids: list[int] | None = None
+    token_ids: _Tokens = None
     """Tokens whose rows of the input embedding train: of a transformers model its own, else of the one that
     target_modules names, or the only one. Where the output layer is tied to it, the rows train there too. With no other
     field that chooses, these rows train alone."""
-    density: float | None = None
+    density: _Share = None
     """Share of the entries that train, 0 to 1 (both exclusive), in each chosen matrix, kernel and table; None for all.
     Vectors then train only where parameters or parameter_types name them."""
     score: Literal["magnitude", "fisher"] = "magnitude"
     """What density picks by: "magnitude" (largest absolute value) or "fisher" (largest mean squared gradient)."""
-    score_batches: int = 8
+    score_batches: Count = 8
     """Backward passes over which "fisher" takes the mean, at least 1; these leave the parameters as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("parameters", "parameter_types"):
-            value = getattr(self, name)
-            listed = isinstance(value, (list, tuple)) and value and all(isinstance(v, str) and v for v in value)
-            if value is not None and not listed:
-                raise self.invalid(name, "a list of non-empty strings, or null")
         for pattern in self.parameters or []:
             try:
                 re.compile(pattern)
@@ -75,19 +82,11 @@ class SelectiveTuning(TargetedMethod):
                     f"SelectiveTuning.parameter_types: {kind!r} is none of {', '.join(map(repr, KINDS))}."
                     f"{did_you_mean(kind, KINDS)}"
                 )
-        ids: Any = self.token_ids
-        if ids is not None:
-            if not (isinstance(ids, (list, tuple)) and ids and all(type(i) is int and i >= 0 for i in ids)):
-                raise self.invalid("token_ids", "a list of whole numbers from 0 on, or null")
-            if twice := sorted({i for i in ids if ids.count(i) > 1}):
-                raise ConfigError(f"SelectiveTuning.token_ids holds {twice[0]} more than once.")
-        if self.density is not None and not (isinstance(self.density, float) and 0 < self.density < 1):
-            raise self.invalid("density", "a number greater than 0 and less than 1, or null")
-        if self.score not in ("magnitude", "fisher"):
-            raise self.invalid("score", "'magnitude' or 'fisher'")
+        ids = self.token_ids or []
+        if twice := sorted({i for i in ids if ids.count(i) > 1}):
+            raise ConfigError(f"SelectiveTuning.token_ids holds {twice[0]} more than once.")
         if self.score == "fisher" and self.density is None:
             raise ConfigError("SelectiveTuning.score='fisher' picks entries: say how many with density, such as 0.01.")
-        self.check_counts("score_batches")
 
     def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         choosing = ["target_modules", "layers", "parameters", "parameter_types", "density"]

@@ -12,12 +12,12 @@ from torch import nn
 
 from lightning_peft import LoRA, inject
 from lightning_peft.checkpoints.ckpt import (
-    VERSION,
+    METADATA_VERSION,
     adapter_keys,
     adapter_state,
     attach_metadata,
     has_adapters,
-    record,
+    metadata,
 )
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, ConfigError, PEFTError
 from lightning_peft.injection.registry import registries
@@ -42,7 +42,7 @@ def trained(base: nn.Module) -> nn.Module:
 
 @pytest.fixture
 def recorded(trained: nn.Module) -> dict[str, Any]:
-    return record(trained)
+    return metadata(trained)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def _through_a_file(value: Any) -> Any:
 
 def test_what_is_saved_loads_into_a_fresh_base(base: nn.Module, trained: nn.Module) -> None:
     ids = torch.randint(1, 40, (2, 5))
-    file = _through_a_file({"record": record(trained), "state": adapter_state(trained)})
+    file = _through_a_file({"record": metadata(trained), "state": adapter_state(trained)})
     fresh = copy.deepcopy(base)
     attach_metadata(fresh, file["record"], file["state"])
     fresh.load_state_dict(file["state"], strict=True)
@@ -74,7 +74,7 @@ def test_the_state_is_the_adapters_alone(trained: nn.Module) -> None:
 
 
 def test_a_record_is_made_of_primitives_and_tensors(recorded: dict[str, Any]) -> None:
-    assert recorded["version"] == VERSION
+    assert recorded["version"] == METADATA_VERSION
     (entry,) = recorded["adapters"].values()
     assert entry["path"] == ""
     assert entry["name"] == "default"
@@ -87,7 +87,7 @@ def test_adapters_below_a_model_are_recorded_with_their_path(base: nn.Module, tr
     outer = nn.ModuleDict({"student": trained})
     assert all(key.startswith("student.") for key in adapter_keys(outer))
     fresh = nn.ModuleDict({"student": copy.deepcopy(base)})
-    attach_metadata(fresh, record(outer), adapter_state(outer))
+    attach_metadata(fresh, metadata(outer), adapter_state(outer))
     assert [path for path, _, _ in registries(fresh)] == ["student"]
     fresh.load_state_dict(adapter_state(outer), strict=True)
     ids = torch.arange(1, 6)[None]
@@ -103,7 +103,7 @@ def test_a_module_that_is_used_twice_saves_and_loads() -> None:
     model, fresh, x = build(), build(), torch.randn(2, 4)
     inject(model, LoRA(r=2))
     nn.init.normal_(model[0].peft.default.lora_B)
-    attach_metadata(fresh, record(model), adapter_state(model))
+    attach_metadata(fresh, metadata(model), adapter_state(model))
     fresh.load_state_dict(adapter_state(model), strict=True)
     assert_identical(fresh(x), model(x))
 
@@ -111,7 +111,7 @@ def test_a_module_that_is_used_twice_saves_and_loads() -> None:
 def test_several_adapters_are_attached_in_their_order(base: nn.Module, trained: nn.Module) -> None:
     inject(trained, LoRA(r=1, target_modules=["key"], modules_to_save=None), "second")
     fresh = copy.deepcopy(base)
-    attach_metadata(fresh, record(trained), adapter_state(trained))
+    attach_metadata(fresh, metadata(trained), adapter_state(trained))
     ((_, _, registry),) = registries(fresh)
     assert list(registry.attachments) == ["default", "second"]
 
@@ -167,7 +167,7 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_model_as_it_was(
 def test_a_path_that_is_not_there_is_an_error_that_says_so(
     base: nn.Module, trained: nn.Module, state: dict[str, torch.Tensor]
 ) -> None:
-    recorded = record(nn.ModuleDict({"student": trained}))
+    recorded = metadata(nn.ModuleDict({"student": trained}))
     with pytest.raises(CheckpointError, match=r"belongs on 'student', and .* has no such module"):
         attach_metadata(base, recorded, state)
 
@@ -176,7 +176,7 @@ def test_a_newer_version_is_refused_with_what_to_do(
     base: nn.Module, recorded: dict[str, Any], state: dict[str, torch.Tensor]
 ) -> None:
     with pytest.raises(CheckpointError, match=r"newer lightning_peft \(record version 2.*Upgrade"):
-        attach_metadata(base, {**recorded, "version": VERSION + 1}, state)
+        attach_metadata(base, {**recorded, "version": METADATA_VERSION + 1}, state)
 
 
 def _entry(recorded: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from lightning_peft import LoRA
-from lightning_peft.core.fields import fits, named
+from lightning_peft.core.fields import Count, expected, fits
 from lightning_peft.core.method import Method, registered_methods
 from lightning_peft.errors import ConfigError
 
@@ -30,6 +30,8 @@ from lightning_peft.errors import ConfigError
         (float | Literal["learned"], [1.0, "learned"], ["other"]),
         (list[Method], [[LoRA()]], [[{"method": "LoRA"}], LoRA()]),
         (list, [[1, "a"]], ["a"]),
+        (Count, [1, 5], [0, -1, True, 1.0, "1", None]),
+        (dict[str, Count], [{"a": 1}], [{"a": 0}, {1: 1}]),
         (Any, [None, 1, [object()]], []),
     ],
 )
@@ -38,8 +40,20 @@ def test_a_value_fits_its_declared_type(declared, good, bad):
     assert not any(fits(value, declared) for value in bad)
 
 
-def test_types_are_named_as_users_write_them():
-    assert [named(kind) for kind in (int, list[str], int | None)] == ["int", "list[str]", "int | None"]
+def test_what_a_field_asks_for_is_said_as_the_end_of_a_sentence():
+    kinds = [int, list[str], Count, Count | None, bool | None, Literal["a", "b"], Literal["a"] | float]
+    assert [expected(kind) for kind in kinds] == [
+        "a whole number",
+        "list[str]",
+        "at least 1 and whole",
+        "at least 1 and whole, or null",
+        "true or false, or null",
+        "one of 'a', 'b'",
+        "one of 'a', or a number",
+    ]
+    assert expected(dict[str, Count], 3) == "a mapping"
+    assert expected(dict[str, Count], {3: 2}) == "keyed by strings"
+    assert expected(dict[str, Count], {"q": 0}) == "at least 1 and whole"
 
 
 ODD = {

@@ -11,7 +11,7 @@ from snapshot import Snapshot
 from torch import nn
 
 from lightning_peft import BottleneckAdapter, Combine, LoRA, Method, PrefixTuning, eject, inject, remove, report
-from lightning_peft.checkpoints.ckpt import adapter_keys, adapter_state, attach_metadata, record
+from lightning_peft.checkpoints.ckpt import adapter_keys, adapter_state, attach_metadata, metadata
 
 PREFIX = PrefixTuning(num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=7)
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
@@ -43,7 +43,7 @@ def test_a_prefix_without_its_mlp_computes_the_same(name: str, method: Method) -
     assert not any("down" in key or ".up." in key for key in adapter_keys(base))
 
     # What is left is a flat prefix: a file of it attaches to a fresh base.
-    attach_metadata(plain, record(base), adapter_state(base))
+    attach_metadata(plain, metadata(base), adapter_state(base))
     plain.load_state_dict(adapter_state(base))
     torch.testing.assert_close(run(plain, inputs), expected)
     run(base, inputs).sum().backward()

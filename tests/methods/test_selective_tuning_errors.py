@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_an_error_that_helps_and_changes_nothing(
         ({"density": float("nan")}, "density must be"),
         ({"density": "0.1"}, "density must be"),
         ({"density": True}, "density must be"),
-        ({"density": 0.1, "score": "taylor"}, "score must be 'magnitude' or 'fisher', not 'taylor'"),
+        ({"density": 0.1, "score": "taylor"}, "score must be one of 'magnitude', 'fisher', not 'taylor'"),
         ({"score": "fisher"}, "score='fisher' picks entries: say how many with density"),
         ({"density": 0.1, "score": "fisher", "score_batches": 0}, "score_batches must be at least 1 and whole"),
         ({"score_batches": 2.0}, "score_batches must be"),
