@@ -34,7 +34,7 @@ from lightning_peft.core.targeted import LayerMethod
 from lightning_peft.errors import CheckpointError, ConfigError, NotApplicableError, TargetError
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, TransposedLayout
-from lightning_peft.network.targets import matches_end, pattern_value
+from lightning_peft.network.patterns import matches_end, pattern_value
 
 
 @dataclass(frozen=True, kw_only=True)

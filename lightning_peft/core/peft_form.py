@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.errors import BaseMismatchError, CheckpointError
-from lightning_peft.network.targets import matches_end
+from lightning_peft.network.patterns import matches_end
 from lightning_peft.network.walk import base_modules
 
 PROMPT = "prompt_embeddings"

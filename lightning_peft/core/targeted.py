@@ -12,8 +12,7 @@ from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.errors import ConfigError
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.parameters import BaseParameter
-from lightning_peft.network.selection import select_parameters
-from lightning_peft.network.targets import ALL_LINEAR, select_hosts
+from lightning_peft.network.targets import ALL_LINEAR, select_hosts, select_parameters
 
 
 @dataclass(frozen=True, kw_only=True)

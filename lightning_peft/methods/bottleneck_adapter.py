@@ -34,8 +34,9 @@ from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 from lightning_peft.network.calls import first_input, first_output, with_first_input, with_first_output
 from lightning_peft.network.norms import Width, width_of
+from lightning_peft.network.patterns import Vocabulary
 from lightning_peft.network.sublayers import Sublayer, find_sublayers
-from lightning_peft.network.targets import narrow, select_modules
+from lightning_peft.network.targets import select_modules
 from lightning_peft.network.walk import within
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -157,7 +158,7 @@ class BottleneckAdapter(TargetedMethod):
             wanted |= parts[kind] if self.choice(field) else set()
         roles = {"ffn": parts["ffn"], "attention": parts["attention"] | parts["cross-attention"]}
         roles |= {f"{role}-output": names for role, names in roles.items()}
-        chosen = narrow(wanted, [s.output for s in every], self.exclude_modules, self.layers, roles)
+        chosen = Vocabulary([s.output for s in every], roles).narrow(wanted, self.exclude_modules, self.layers)
         if not chosen:
             raise TargetError("BottleneckAdapter: exclude_modules and layers leave nothing to adapt.")
         return Plan([p for s in every if s.output in chosen for p in self._in_block(model, s)])

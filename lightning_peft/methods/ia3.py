@@ -29,8 +29,9 @@ from lightning_peft.network.blocks import find_blocks, find_roles
 from lightning_peft.network.calls import first_input, with_first_input
 from lightning_peft.network.hosts import Host, find_hosts
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, TransposedLayout
+from lightning_peft.network.patterns import Vocabulary, each_pattern, match_names
 from lightning_peft.network.positions import has_rotary_positions
-from lightning_peft.network.targets import each_pattern, match_names, narrow, select_hosts
+from lightning_peft.network.targets import select_hosts
 from lightning_peft.network.walk import leaf, within
 
 _BY_HEAD = {"query_key_value"}  # what GPT-NeoX, BLOOM and Falcon call a layer with the three of each head side by side
@@ -72,7 +73,8 @@ class IA3(TargetedMethod):
                 raise NotApplicableError(
                     f"IA3 finds no attention in {type(model).__name__}. Name layers to rescale: target_modules=[...]."
                 )
-            left = narrow(wanted, [host.name for host in hosts], self.exclude_modules, self.layers, roles)
+            vocabulary = Vocabulary([host.name for host in hosts], roles)
+            left = vocabulary.narrow(wanted, self.exclude_modules, self.layers)
             chosen = [host for host in hosts if host.name in left]
             feedforward = sorted(roles["ffn-output"]) if feedforward is None else feedforward
         names = {host.name for host in chosen}

@@ -25,9 +25,9 @@ from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTenso
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, TargetError
 from lightning_peft.network.blocks import PROJECTIONS, Attention, Block, find_blocks
 from lightning_peft.network.hosts import Host, find_hosts
+from lightning_peft.network.patterns import Vocabulary, layer_index
 from lightning_peft.network.positions import check_room, positions_above
 from lightning_peft.network.pretrained import pretrained_models
-from lightning_peft.network.targets import layer_index, narrow
 from lightning_peft.network.walk import base_modules, join, leaf, within
 from lightning_peft.prompting.attention import CacheLength, PrefixedAttention, check_implementation, routes_attention
 from lightning_peft.prompting.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
@@ -88,7 +88,8 @@ class PrefixTuning(Method):
                 "side by side. Use LoRA or BottleneckAdapter there."
             )
         chosen = {a.path: (b, a) for b, a in self._chosen(blocks) if not within(a.path, fully_trained)}
-        names = narrow(chosen, [a.path for b in blocks for a in b.attentions], self.exclude_modules, self.layers)
+        every = Vocabulary(a.path for b in blocks for a in b.attentions)
+        names = every.narrow(chosen, self.exclude_modules, self.layers)
         if not names:
             raise TargetError("PrefixTuning: exclude_modules, layers and places leave no attention.")
         placements: list[Placement] = []

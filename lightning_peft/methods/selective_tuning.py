@@ -24,7 +24,7 @@ from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 from lightning_peft.network.parameters import KINDS, BaseParameter, count, find_parameters, outside
-from lightning_peft.network.selection import readers_of
+from lightning_peft.network.targets import readers_of
 
 _Names = Annotated[
     list[str] | None, Must("a list of non-empty strings, or null", lambda v: v is None or (len(v) > 0 and all(v)))

@@ -1,21 +1,18 @@
-"""Selection of hosts by name, regular expression, role and layer index. What matches nothing is an error."""
+"""What a method's fields choose in a network: hosts, modules of any kind, or parameters."""
 
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 
-from lightning_peft.errors import TargetError, did_you_mean
-from lightning_peft.network.blocks import ROLES, find_roles
+from lightning_peft.errors import NotApplicableError, TargetError, did_you_mean
+from lightning_peft.network.blocks import find_roles
 from lightning_peft.network.hosts import Host, find_hosts
-from lightning_peft.network.pretrained import outside_base
+from lightning_peft.network.parameters import COMPONENTS, BaseParameter, check_trainable, find_parameters, outside
+from lightning_peft.network.patterns import Patterns, Vocabulary, each_pattern, ends_with, in_layers, matches_end
+from lightning_peft.network.pretrained import outside_base, task_heads
 from lightning_peft.network.walk import base_modules, leaf, within
 
 ALL_LINEAR = "all-linear"
-
-Patterns = list[str] | str | None
-T = TypeVar("T")
 
 
 def select_hosts(
@@ -38,21 +35,28 @@ def select_hosts(
     Raises:
         TargetError: one of the patterns or indices matches nothing, or nothing is left.
     """
-    hosts: list[Host] = []
-    whole: list[Host] = []
-    for host in find_hosts(model):
-        (whole if within(host.name, fully_trained) else hosts).append(host)
-    roles = {} if targets == ALL_LINEAR and exclude is None else find_roles(hosts)
+    every = list(find_hosts(model))
+    hosts = [host for host in every if not within(host.name, fully_trained)]
+    kinds = {leaf(host.name): type(host.module).__name__ for host in hosts}
+    vocabulary = Vocabulary(
+        [host.name for host in hosts],
+        {} if targets == ALL_LINEAR and exclude is None else find_roles(hosts),
+        aliases={host.name: host.path for host in hosts},
+        taken=[host.name for host in every if within(host.name, fully_trained)],
+        kinds=kinds,
+    )
     if targets == ALL_LINEAR:
         head = outside_base(model)
         chosen = {host.name for host in hosts if host.linear and not within(host.name, head)}
     else:
-        chosen = set().union(*(_match_target(pattern, hosts, roles, whole) for pattern in each_pattern(targets)))
-    names = narrow(chosen, [host.name for host in hosts], exclude, layers, roles)
+        chosen = vocabulary.find(targets)
+    names = set(vocabulary.narrow(chosen, exclude, layers))
     if not names:
+        here = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise TargetError(
             f"Nothing to adapt: target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r} leave no "
-            f"layer of {type(model).__name__}.{_known('', hosts)}"
+            f"layer of {type(model).__name__}. "
+            + (f"Layers here: {here}." if here else "It has no linear, convolution, embedding or attention layer.")
         )
     return [host for host in hosts if host.name in names]
 
@@ -75,18 +79,8 @@ def select_modules(
     hosts = list(find_hosts(model))
     runs = {path: path for path, module in base_modules(model) if any(True for _ in module.parameters())}
     runs.update({host.name: host.path for host in hosts})
-    roles = find_roles(hosts)
-    chosen: set[str] = set()
-    for pattern in each_pattern(targets):
-        by_name = {name for name in runs if _ends_with(name, pattern)}
-        names = by_name or roles.get(pattern) or match_names(pattern, runs, "target_modules")
-        if not names:
-            raise TargetError(
-                f"target_modules: no module is called {pattern!r} in {type(model).__name__}."
-                f"{did_you_mean(pattern, {leaf(name) for name in runs})}"
-            )
-        chosen |= {runs[name] for name in names}
-    left = narrow(chosen, list(runs), exclude, layers, roles)
+    vocabulary = Vocabulary(runs, find_roles(hosts), kinds=dict.fromkeys(map(leaf, runs), ""), noun="module")
+    left = vocabulary.narrow(vocabulary.find(targets), exclude, layers)
     inside = [runs[name] for name in left if not within(runs[name], fully_trained)]
     if not inside:
         raise TargetError(
@@ -94,48 +88,6 @@ def select_modules(
             f"modules_to_save leave no module of {type(model).__name__}."
         )
     return list(dict.fromkeys(inside))
-
-
-def narrow(
-    chosen: Collection[str],
-    among: Sequence[str],
-    exclude: Patterns = None,
-    layers: Sequence[int] | None = None,
-    roles: Mapping[str, set[str]] | None = None,
-) -> list[str]:
-    """Leave out of ``chosen`` what ``exclude`` matches and what is in none of ``layers``; in the order of ``among``.
-
-    Raises:
-        TargetError: a pattern or an index matches nothing ``among`` all names.
-    """
-    dropped: set[str] = set()
-    for pattern in each_pattern(exclude):
-        by_name = {name for name in among if f".{pattern}." in f".{name}."}
-        matched = by_name or (roles or {}).get(pattern) or match_names(pattern, among, "exclude_modules")
-        if not matched:
-            parts = {part for name in among for part in name.split(".")}
-            raise TargetError(f"exclude_modules: {pattern!r} matches nothing.{did_you_mean(pattern, parts)}")
-        dropped |= matched
-    inside = set(among) if layers is None else in_layers(layers, among)
-    return [name for name in among if name in chosen and name in inside and name not in dropped]
-
-
-def in_layers(layers: Sequence[int], names: Sequence[str]) -> set[str]:
-    """Those of ``names`` that lie in the layers of these indices; negative ones count from each container's end.
-
-    Raises:
-        TargetError: no numbered container has such a layer.
-    """
-    depth: dict[str, int] = {}
-    for name in names:
-        if found := layer_index(name):
-            depth[found[0]] = max(depth.get(found[0], 0), found[1] + 1)
-    stacks = ", ".join(f"'{path}' (0 to {n - 1})" for path, n in depth.items())
-    for index in layers:
-        if not any(-n <= index < n for n in depth.values()):
-            raise TargetError(f"layers: there is no layer {index}. Numbered layers here: {stacks or 'none'}.")
-    wanted = {path: {index % n for index in layers if -n <= index < n} for path, n in depth.items()}
-    return {name for name in names if (at := layer_index(name)) and at[1] in wanted[at[0]]}
 
 
 def match_modules(model: nn.Module, patterns: Iterable[str], field: str) -> list[str]:
@@ -147,7 +99,7 @@ def match_modules(model: nn.Module, patterns: Iterable[str], field: str) -> list
     named = [(path, module) for path, module in base_modules(model) if path]
     found: list[str] = []
     for pattern in patterns:
-        paths = [path for path, module in named if _ends_with(path, pattern) and any(True for _ in module.parameters())]
+        paths = [path for path, module in named if ends_with(path, pattern) and any(True for _ in module.parameters())]
         if not paths:
             raise TargetError(
                 f"{field}: no module with parameters is called {pattern!r} in {type(model).__name__}."
@@ -157,74 +109,106 @@ def match_modules(model: nn.Module, patterns: Iterable[str], field: str) -> list
     return [path for path in found if not any(path != other and within(path, [other]) for other in found)]
 
 
-def layer_index(name: str) -> tuple[str, int] | None:
-    """The outermost numbered container on a path and the index in it: ``("encoder.layer", 3)``."""
-    parts = name.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[:i]), int(part)
-    return None
+def select_parameters(
+    name: str,
+    model: nn.Module,
+    targets: Patterns = None,
+    exclude: Patterns = None,
+    layers: Sequence[int] | None = None,
+    fully_trained: Sequence[str] = (),
+    kinds: Collection[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> list[BaseParameter]:
+    """Choose parameters by their layers, by kind and by name.
 
+    A parameter that is tied to a chosen one is chosen as well: it is the same.
 
-def pattern_value(patterns: dict[str, T], name: str, default: T) -> T:
-    """The value of the first pattern (a suffix or a regular expression for the end of a path) that ``name`` matches."""
-    return next((value for pattern, value in patterns.items() if matches_end(pattern, name)), default)
-
-
-def matches_end(pattern: str, name: str) -> bool:
-    """True if ``pattern``, read as a regular expression, matches ``name`` or ends it at a dot."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
-
-
-def each_pattern(patterns: Patterns) -> Iterator[str]:
-    """The patterns of a field that takes one, several or none."""
-    if patterns is not None:
-        yield from [patterns] if isinstance(patterns, str) else patterns
-
-
-def _match_target(pattern: str, hosts: Sequence[Host], roles: dict[str, set[str]], whole: Sequence[Host]) -> set[str]:
-    by_name = {host.name for host in hosts if _ends_with(host.name, pattern) or _ends_with(host.path, pattern)}
-    matched = by_name or roles.get(pattern) or match_names(pattern, [host.name for host in hosts], "target_modules")
-    if not matched:
-        if any(_ends_with(host.name, pattern) for host in whole):
-            raise TargetError(
-                f"target_modules: {pattern!r} is fully trained already (modules_to_save). Take it out of one of the "
-                "two; modules_to_save=None trains nothing whole."
-            )
-        if pattern in ("query", "key", "value") and roles["fused"]:
-            raise TargetError(
-                f"target_modules: {pattern!r} is not a layer of its own here: query, key and value share one weight, "
-                f"as in '{min(roles['fused'])}'. Use the role 'attention', or name that layer."
-            )
-        hint = f" The roles {', '.join(ROLES)} need a transformer's attention." if pattern in ROLES else ""
-        raise TargetError(f"target_modules: {pattern!r} matches no layer.{hint}{_known(pattern, hosts)}")
-    return matched
-
-
-def match_names(pattern: str, names: Iterable[str], field: str) -> set[str]:
-    """Those of ``names`` that the regular expression ``pattern`` of a method's ``field`` matches whole.
+    Args:
+        name: the method's, for messages.
+        model: the network.
+        targets: layers; None for all but the task head. Patterns are names or suffixes (all below is chosen too),
+            roles, "norm" and "embedding", and regular expressions.
+        exclude: layers to leave out, by the same patterns.
+        layers: indices in the outermost numbered container; negative ones count from its end.
+        fully_trained: paths of modules that are fully trained; nothing below them is chosen.
+        kinds: which of :data:`~lightning_peft.network.parameters.KINDS`; None for all, those without a kind included.
+        names: suffixes or regular expressions for the ends of the parameters' names; None for all.
 
     Raises:
-        TargetError: it is no regular expression.
+        NotApplicableError: the model has no parameter of these kinds, or a named layer has none, or one is quantized.
+        TargetError: a pattern or an index matches nothing, or nothing is left.
     """
-    try:
-        expression = re.compile(pattern)
-    except re.error as error:
+    every = find_parameters(model)
+    free = outside(every, fully_trained)
+    vocabulary = _layers_of(model, every, free, fully_trained)
+    candidates = [p for p in free if kinds is None or not p.kinds.isdisjoint(kinds)]
+    what = "parameter" if kinds is None else " or ".join(sorted(kinds))
+    if not candidates:
+        elsewhere = any(kinds is None or not p.kinds.isdisjoint(kinds) for p in every)
+        raise NotApplicableError(
+            f"{name}: {type(model).__name__} has no {what} to train"
+            f"{' but those that modules_to_save trains' if elsewhere else ''}. Choose another method, such as LoRA."
+        )
+    allowed = set(vocabulary.narrow(vocabulary.names, exclude))
+    if targets is None:
+        heads = task_heads(model)
+        chosen = {p.layer for p in candidates if not within(p.layer, heads)}
+    else:
+        chosen = set()
+        for pattern in each_pattern(targets):
+            matched = vocabulary.find(pattern)
+            if not any(p.layer in matched for p in candidates):
+                raise NotApplicableError(
+                    f"{name}: of the layers that target_modules={pattern!r} matches, first '{min(matched)}', none has "
+                    f"any {what}. Leave it out; others that have one are '{candidates[0].layer}' and "
+                    f"'{candidates[-1].layer}'."
+                )
+            chosen |= matched
+    chosen &= allowed if layers is None else allowed & in_layers(layers, vocabulary.names)
+    result = {p for p in _called(candidates, free, names) if p.layer in chosen}
+    if not result:
         raise TargetError(
-            f"{field}: {pattern!r} is neither the name of a layer nor a regular expression: {error}."
-        ) from error
-    return {name for name in names if expression.fullmatch(name)}
+            f"{name}: nothing is left to train in {type(model).__name__}: every {what} is ruled out by "
+            f"target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r}"
+            f"{'' if names is None else f' or parameters={list(names)!r}'}."
+        )
+    for p in result:
+        check_trainable(p.tensor, p.full_name)
+    tied = {id(p.tensor) for p in result if p.part is None}
+    return [p for p in free if p in result or (p.layer in allowed and p.part is None and id(p.tensor) in tied)]
 
 
-def _known(pattern: str, hosts: Sequence[Host]) -> str:
-    """A sentence on what could have been meant: near names if there are any, else every kind of layer there is."""
-    leaves = {leaf(host.name): type(host.module).__name__ for host in hosts}
-    if near := did_you_mean(pattern, leaves):
-        return near
-    if not leaves:
-        return " It has no linear, convolution, embedding or attention layer."
-    return f" Layers here: {', '.join(f'{name} ({kind})' for name, kind in leaves.items())}."
+def readers_of(
+    tensor: nn.Parameter, model: nn.Module, exclude: Patterns = None, fully_trained: Sequence[str] = ()
+) -> list[BaseParameter]:
+    """Every module that reads ``tensor``, but for those that are fully trained or excluded."""
+    every = find_parameters(model)
+    free = outside(every, fully_trained)
+    vocabulary = _layers_of(model, every, free, fully_trained)
+    allowed = set(vocabulary.narrow(vocabulary.names, exclude))
+    return [p for p in free if p.tensor is tensor and p.layer in allowed]
 
 
-def _ends_with(name: str, suffix: str) -> bool:
-    return name == suffix or name.endswith(f".{suffix}")
+def _layers_of(
+    model: nn.Module, every: Sequence[BaseParameter], free: Sequence[BaseParameter], fully_trained: Sequence[str]
+) -> Vocabulary:
+    """The layers that have parameters, by the words that patterns may use."""
+    names = dict.fromkeys(p.layer for p in free)
+    words = find_roles([host for host in find_hosts(model) if not within(host.name, fully_trained)])
+    words |= {kind: {p.layer for p in free if kind in p.kinds} for kind in COMPONENTS}
+    taken = [p.layer for p in every if p.layer not in names]
+    return Vocabulary(names, words, first=COMPONENTS, taken=taken, noun="layer with parameters", below=True)
+
+
+def _called(
+    candidates: Sequence[BaseParameter], free: Sequence[BaseParameter], patterns: Sequence[str] | None
+) -> Sequence[BaseParameter]:
+    """Those whose name ends in one of ``patterns``, each of which must match something."""
+    if patterns is None:
+        return candidates
+    for pattern in patterns:
+        if not any(matches_end(pattern, p.full_name) for p in free):
+            parts = pattern.count(".") + 1
+            known = {".".join(p.full_name.split(".")[-parts:]) for p in free}
+            raise TargetError(f"parameters: no parameter is called {pattern!r}.{did_you_mean(pattern, known)}")
+    return [p for p in candidates if any(matches_end(pattern, p.full_name) for pattern in patterns)]

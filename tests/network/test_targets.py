@@ -20,7 +20,8 @@ from lightning_peft import (
 )
 from lightning_peft.core.method import Method
 from lightning_peft.errors import TargetError
-from lightning_peft.network.targets import layer_index, match_modules, matches_end, pattern_value, select_hosts
+from lightning_peft.network.patterns import layer_index, matches_end, pattern_value
+from lightning_peft.network.targets import match_modules, select_hosts
 
 
 def _names(model: nn.Module, *args: object, **kwargs: object) -> list[str]:
