@@ -5,7 +5,7 @@ An adapter is a child of its host module and acts through the host's forward hoo
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter_index import AdapterIndex
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.errors import NotApplicableError, NotMergeableError
+
+M = TypeVar("M")
 
 
 class Adapter(nn.Module):
@@ -92,6 +94,13 @@ class Adapter(nn.Module):
 
         super()._apply(keep_precision, recurse)
         return self
+
+
+class Reference(Generic[M]):
+    """A module that an adapter uses and that is no child of it: it keeps its place, in the base or another adapter."""
+
+    def __init__(self, module: M) -> None:
+        self.module = module
 
 
 BatchedForm = Callable[[Tensor, Tensor, AdapterIndex], Tensor]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lightning_peft.components.gate import Gate
 from lightning_peft.components.taps import Capture, Tap
-from lightning_peft.core.adapter import InputAdapter, OutputAdapter, adapter_dtype
+from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference, adapter_dtype
 from lightning_peft.core.fields import Count, Must, Patterns, Probability, shown
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.targeted import TargetedMethod
@@ -273,11 +273,11 @@ class BottleneckBeforeNorm(InputAdapter):
     def __init__(self, bottleneck: Bottleneck, norm: nn.Module) -> None:
         super().__init__()
         self.bottleneck = bottleneck
-        self._norm = (norm,)  # in a tuple: it stays the base's module, not one of this adapter
+        self._norm = Reference(norm)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         u = first_input(args, kwargs)
-        return with_first_input(args, kwargs, u + self.bottleneck(self._norm[0].forward(u)).to(u.dtype))
+        return with_first_input(args, kwargs, u + self.bottleneck(self._norm.module.forward(u)).to(u.dtype))
 
 
 def _batch_dim(block: nn.Module) -> int:

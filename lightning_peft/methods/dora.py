@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_peft.components.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
 from lightning_peft.components.low_rank_rows import ByRow
-from lightning_peft.core.adapter import Adapter, BatchedForm, WeightAdapter, adapter_dtype
+from lightning_peft.core.adapter import Adapter, BatchedForm, Reference, WeightAdapter, adapter_dtype
 from lightning_peft.core.adapter_index import AdapterIndex
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.errors import NotApplicableError
@@ -90,7 +90,7 @@ class DoRAOutput(_Magnitude, LowRankOutput):
     def __init__(self, host: Host, r: int, scale: float, dropout: float) -> None:
         super().__init__(host, r, scale, dropout)
         self.in_place = host.owns_output
-        self._host = (host.module,)  # in a tuple: it stays the base's module, not one of this adapter
+        self._host = Reference(host.module)
         self._bias = host.bias
         self._known: tuple[Any, int, int, Tensor] | None = None
 
@@ -107,9 +107,9 @@ class DoRAOutput(_Magnitude, LowRankOutput):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """The norm of each output's weights with the update in them, (out,)."""
-        weight: Tensor = self._host[0].weight  # type: ignore[assignment]
+        weight: Tensor = self._host.module.weight  # type: ignore[assignment]
         if is_quantized(weight):
-            weight = plain_weight(self._host[0])
+            weight = plain_weight(self._host.module)
         a, b, s = self.lora_A, self.lora_B, self.scale
         matrix = self.layout.matrix(weight)
         with torch.autocast(weight.device.type, enabled=False):
@@ -122,7 +122,7 @@ class DoRAOutput(_Magnitude, LowRankOutput):
 
     def bias(self) -> Tensor | None:
         """The host's bias, which keeps its size."""
-        return getattr(self._host[0], self._bias) if self._bias else None
+        return getattr(self._host.module, self._bias) if self._bias else None
 
     def _squares_of(self, weight: Tensor) -> Tensor:
         """``‖W‖²``, computed anew only where the weight has been exchanged or written to."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.components.gate import Gate, GatedInput
 from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import Adapter, adapter_dtype
+from lightning_peft.core.adapter import Adapter, Reference, adapter_dtype
 from lightning_peft.core.fields import Count, Layers, Must, NotNegative, Patterns
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTensor, sizes
@@ -189,7 +189,7 @@ class Prefix(nn.Module):
     def __init__(self, method: PrefixTuning, features: int, like: Tensor, trunk: "Trunk | None") -> None:
         super().__init__()
         options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
-        self._trunk = (trunk,)  # in a tuple: it has its own place, and every layer uses it
+        self._trunk = Reference(trunk)  # it has its own place, and every layer uses it
         self.gate: Tap | None = None
         if trunk is None:
             size = (method.num_virtual_tokens, features)
@@ -201,17 +201,17 @@ class Prefix(nn.Module):
 
     def flat(self) -> tuple[Tensor, Tensor]:
         """Keys and values, each (P, features), without a gate."""
-        trunk = self._trunk[0]
+        trunk = self._trunk.module
         return (self.keys, self.values) if trunk is None else self.up(trunk()).chunk(2, -1)
 
     def eject(self) -> bool:
         """Keep keys and values, and drop the layer that they came out of; whether there was one."""
-        if self._trunk[0] is None:
+        if self._trunk.module is None:
             return False
         trained = self.up.weight.requires_grad
         self.keys, self.values = (nn.Parameter(x.detach().clone(), trained) for x in self.flat())
         del self.up
-        self._trunk = (None,)
+        self._trunk = Reference(None)
         return True
 
     def forward(self) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import Adapter, InputAdapter, WeightAdapter
+from lightning_peft.core.adapter import Adapter, InputAdapter, Reference, WeightAdapter
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.calls import argument_names, bound, code_names
 from lightning_peft.optional import check_hf_version, hf_attention_functions
@@ -40,7 +40,7 @@ class PrefixedAttention(WeightAdapter):
         super().__init__()
         self.prefix, self.past = prefix, past
         self._eager = inspect.unwrap(type(host).forward).__globals__.get("eager_attention_forward")
-        self._relative = (relative,)  # in a tuple: it stays the base's module, not one of this adapter
+        self._relative = Reference(relative)
         check_hf_version()
         _register()
 
@@ -165,7 +165,7 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
 
 def _relative_bias(prefix: PrefixedAttention, bias: Tensor, before: int, ahead: int) -> Tensor:
     """The columns of a prefix that begins ``ahead`` of the first key; zero in an attention without positions."""
-    source: Any = prefix._relative[0]
+    source: Any = prefix._relative.module
     if source is None:
         return bias.new_zeros(*bias.shape[:-1], before)
     past, queries, keys = prefix.past.take(), bias.shape[-2], bias.shape[-1] - ahead + before

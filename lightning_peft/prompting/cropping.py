@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import InputAdapter, OutputAdapter
+from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference
 from lightning_peft.network.calls import argument_names, bound
 from lightning_peft.prompting.padding import extract
 
@@ -24,14 +24,14 @@ class NamedOutput(InputAdapter):
 
     def __init__(self, pretrained: Any, plain: Tap) -> None:
         super().__init__()
-        self._pretrained = (pretrained,)  # in a tuple: it stays the base's module, not one of this adapter
+        self._pretrained = Reference(pretrained)
         self.plain = plain
         self.names = argument_names(pretrained)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = bound(self.names, args, kwargs)
         wanted = call.get("return_dict")
-        wanted = self._pretrained[0].config.return_dict if wanted is None else wanted
+        wanted = self._pretrained.module.config.return_dict if wanted is None else wanted
         self.plain.value = wanted is False
         return ((), {**call, "return_dict": True}) if self.plain.value else (args, kwargs)
 

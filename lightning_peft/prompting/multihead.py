@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import InputAdapter, OutputAdapter
+from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference
 from lightning_peft.errors import ConfigError
 from lightning_peft.network.walk import CHILD
 from lightning_peft.prompting.attention import eject_prefix
@@ -46,7 +46,7 @@ class PrefixedMultihead(InputAdapter):
     def __init__(self, prefix: nn.Module, host: nn.MultiheadAttention, tap: Tap) -> None:
         super().__init__()
         self.prefix, self.tap = prefix, tap
-        self._host = (host,)  # in a tuple: it stays the base's module, not one of this adapter
+        self._host = Reference(host)
 
     def eject(self) -> bool:
         eject_prefix(self, self.prefix)
@@ -61,9 +61,9 @@ class PrefixedMultihead(InputAdapter):
         if arguments.get("is_causal") and arguments.get("attn_mask") is None:
             raise ConfigError("is_causal=True is a hint beside attn_mask, as in nn.MultiheadAttention: give the mask.")
         # Now, because what other adapters have put in place of the weights is taken away before outputs are adapted.
-        dim = self._host[0].batch_first and arguments["query"].dim() == 3
+        dim = self._host.module.batch_first and arguments["query"].dim() == 3
         one = {name: arguments[name].narrow(int(dim), 0, 1) for name in ("query", "key", "value")}
-        self.tap.value = _Call(arguments, _weights(self._host[0]), [self.prefix()], one["query"])
+        self.tap.value = _Call(arguments, _weights(self._host.module), [self.prefix()], one["query"])
         return (), {**one, "need_weights": False}
 
 
@@ -74,12 +74,12 @@ class MultiheadOutput(OutputAdapter):
 
     def __init__(self, host: nn.MultiheadAttention, tap: Tap) -> None:
         super().__init__()
-        self._host = (host,)
+        self._host = Reference(host)
         self.tap = tap
 
     def forward(self, x: Tensor, y: Any) -> Any:
         call = self.tap.take()
-        return y if call is None else _attend(self._host[0], call)
+        return y if call is None else _attend(self._host.module, call)
 
 
 def shared_tap(host: nn.MultiheadAttention) -> Tap:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import InputAdapter, OutputAdapter
+from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.network.calls import Call, argument_names, bound
@@ -128,7 +128,7 @@ class PromptInput(InputAdapter):
         self.prompt, self.size, self.placeholder, self.room = prompt, size, _placeholder(pretrained), room
         self.vectors, self.lengths, self.crossing = vectors, lengths, pretrained.config.is_encoder_decoder
         reader = pretrained.get_encoder() if self.crossing else pretrained
-        self._reader = (reader,)  # in a tuple: it stays the base's module, not one of this adapter
+        self._reader = Reference(reader)
         self.names = argument_names(reader)
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -193,7 +193,7 @@ class PromptInput(InputAdapter):
 
     def _acting(self) -> list["PromptInput"]:
         """The prompts of the model that act, in their order: each stands before those that came earlier."""
-        slots: Any = self._reader[0]._modules[CHILD]
+        slots: Any = self._reader.module._modules[CHILD]
         return [adapter for adapter in slots.acting() if isinstance(adapter, PromptInput)]
 
     def _moved(self, call: Call, padding: Tensor | None, new: bool) -> dict[str, Tensor]:
@@ -224,7 +224,7 @@ class PromptEmbedding(OutputAdapter):
 
     def __init__(self, prompt: nn.Module, size: int, placeholder: int, vectors: Tap) -> None:
         super().__init__()
-        self._prompt = (prompt,)  # in a tuple: it belongs to the other adapter
+        self._prompt = Reference(prompt)
         self.size, self.placeholder, self.vectors = size, placeholder, vectors
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -237,7 +237,7 @@ class PromptEmbedding(OutputAdapter):
                 f"The model looks its tokens up as {tuple(x.shape)}, which is not {rows} rows of {total} tokens that "
                 "begin with the virtual ones: these have no place before the text. Use LoRA or BottleneckAdapter."
             )
-        vectors = self._prompt[0]().to(y.dtype).expand(*y.shape[:-2], -1, -1)
+        vectors = self._prompt.module().to(y.dtype).expand(*y.shape[:-2], -1, -1)
         return overwrite(y, vectors, start, padding)
 
     def _moved(self, x: Tensor, place: tuple[int, int, int, Tensor | None]) -> bool:

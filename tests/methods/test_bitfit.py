@@ -213,7 +213,12 @@ def test_a_model_without_biases_is_refused(build: Callable[[], nn.Module]) -> No
         (tiny_models.bert, {"exclude_modules": ["poler"]}, TargetError, "exclude_modules: 'poler' matches nothing"),
         (tiny_models.bert, {"layers": [2]}, TargetError, r"there is no layer 2. Numbered layers .*\(0 to 1\)"),
         (tiny_models.bert, {"target_modules": ["query"], "exclude_modules": ["self"]}, TargetError, "nothing is left"),
-        (tiny_models.gpt2, {"target_modules": ["query"]}, TargetError, "share one weight, as in '.*c_attn'.*role 'attention'"),
+        (
+            tiny_models.gpt2,
+            {"target_modules": ["query"]},
+            TargetError,
+            "share one weight, as in '.*c_attn'.*role 'attention'",
+        ),
         (_encoder, {"target_modules": ["value"]}, TargetError, "share one weight, as in '.*in_proj'"),
         (_cnn, {"target_modules": ["embedding"]}, TargetError, "'embedding' matches no layer"),
     ],
