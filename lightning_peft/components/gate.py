@@ -41,14 +41,14 @@ class Gate(nn.Module):
 class GatedInput(InputAdapter):
     """Puts a gate's value for the host's first input into a tap, and changes nothing."""
 
-    def __init__(self, gate: Gate, tap: Tap, batch_first: bool = True) -> None:
+    def __init__(self, gate: Gate, tap: Tap, batch_dim: int = 0) -> None:
         super().__init__()
-        self.gate, self.tap, self.batch_first = gate, tap, batch_first
+        self.gate, self.tap, self.batch_dim = gate, tap, batch_dim
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = first_input(args, kwargs)
         if x.dim() == 2:  # one sequence without a batch
             self.tap.value = self.gate(x[None])[0]
         else:
-            self.tap.value = self.gate(x if self.batch_first else x.transpose(0, 1))
+            self.tap.value = self.gate(x.transpose(0, 1) if self.batch_dim else x)
         return args, kwargs

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.fields import fits
 from lightning_peft.core.method import Placement
 from lightning_peft.core.recipes import RECIPES, SPARSE, WHOLE, Recipe
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, did_you_mean
@@ -99,10 +100,10 @@ def _recipe(
     if not isinstance(weights, Mapping) or not weights:
         raise ConfigError(f"combine needs adapters and their weights, such as {{'a': 0.7, 'b': 0.3}}, not {weights!r}.")
     for source, weight in weights.items():
-        if not _number(weight) or not math.isfinite(weight):
+        if not fits(weight, float) or not math.isfinite(weight):
             raise ConfigError(f"combine: the weight of {source!r} must be a finite number, not {weight!r}.")
     if method in SPARSE:
-        if not _number(density) or not 0 < density <= 1:  # type: ignore[operator]
+        if density is None or not fits(density, float) or not 0 < density <= 1:
             raise ConfigError(f"combine({method=}) needs density, greater than 0 and at most 1, not {density!r}.")
     elif density is not None:
         raise ConfigError(f"combine: density is for {', '.join(SPARSE)}; {method!r} keeps every entry.")
@@ -148,7 +149,3 @@ def _copies(owner: nn.Module, slots: Slots) -> Slots:
     for adapter in made.values():
         adapter.train_parameters()
     return made
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

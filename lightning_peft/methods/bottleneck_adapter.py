@@ -32,7 +32,7 @@ from lightning_peft.core.fields import Count, Must, Patterns, Probability, shown
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
-from lightning_peft.network.calls import first_input, first_output, with_first_input, with_first_output
+from lightning_peft.network.calls import batch_dim, first_input, first_output, with_first_input, with_first_output
 from lightning_peft.network.norms import Width, width_of
 from lightning_peft.network.patterns import Vocabulary
 from lightning_peft.network.sublayers import Sublayer, find_sublayers
@@ -180,7 +180,7 @@ class BottleneckAdapter(TargetedMethod):
                 f"BottleneckAdapter(reads={reads!r}) has to know where the norm of '{s.output}' is, and the block "
                 f"'{s.block}' does not tell. Use preset='houlsby', or name modules in target_modules."
             )
-        f = self._bottleneck(width, model.get_submodule(s.output), _batch_dim(model.get_submodule(s.block)))
+        f = self._bottleneck(width, model.get_submodule(s.output), batch_dim(model.get_submodule(s.block)))
         if reads == "output":
             yield Placement(s.output, BottleneckOutput(s.output, f, width), part)
         elif reads == "sum" and not s.pre:
@@ -278,11 +278,6 @@ class BottleneckBeforeNorm(InputAdapter):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         u = first_input(args, kwargs)
         return with_first_input(args, kwargs, u + self.bottleneck(self._norm.module.forward(u)).to(u.dtype))
-
-
-def _batch_dim(block: nn.Module) -> int:
-    """Which dimension of a block's stream counts the sequences: the second one where torch's attention says so."""
-    return int(any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in block.modules()))
 
 
 def _linear(layer: nn.Linear, x: Tensor, scale: Any = 1.0) -> Tensor:

@@ -24,6 +24,7 @@ from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTensor, sizes
 from lightning_peft.errors import BaseMismatchError, NotApplicableError, TargetError
 from lightning_peft.network.blocks import PROJECTIONS, Attention, Block, find_blocks
+from lightning_peft.network.calls import batch_dim
 from lightning_peft.network.hosts import Host, find_hosts
 from lightning_peft.network.patterns import Vocabulary, layer_index
 from lightning_peft.network.positions import check_room, positions_above
@@ -171,7 +172,7 @@ class PrefixTuning(Method):
         if self.gating:
             prefix.gate = Tap()
             gate = Gate(width, next(prefix.parameters()))
-            yield Placement(path, GatedInput(gate, prefix.gate, bool(getattr(host, "batch_first", True))), "gate")
+            yield Placement(path, GatedInput(gate, prefix.gate, batch_dim(host)), "gate")
         if isinstance(host, nn.MultiheadAttention):
             tap = shared_tap(host)
             yield Placement(path, PrefixedMultihead(prefix, host, tap))

@@ -62,3 +62,8 @@ def takes_positions(module: nn.Module) -> bool:
 def numbers_tokens(module: nn.Module) -> bool:
     """True for the stack of blocks of a transformers model that counts its tokens on from what is in its cache."""
     return {"arange", "get_seq_length"} <= set(code_names(module)) and "position_ids" in argument_names(module)
+
+
+def batch_dim(module: nn.Module) -> int:
+    """The dimension that counts the sequences in what ``module`` is called with: 1 where torch's attention says so."""
+    return int(any(isinstance(m, nn.MultiheadAttention) and not m.batch_first for m in module.modules()))

@@ -69,7 +69,7 @@ def test_it_follows_the_dtype_of_its_input() -> None:
 def test_the_gate_of_an_input_lies_in_the_tap_in_the_order_of_the_batch(batch_first: bool) -> None:
     g, tap, x = gate(), Tap(), torch.randn(3, 5, 4)
     rows = x if batch_first else x.transpose(0, 1)
-    adapter = GatedInput(g, tap, batch_first)
+    adapter = GatedInput(g, tap, int(not batch_first))
     args, kwargs = adapter((rows, "other"), {"mask": None})
     assert args[0] is rows
     assert (args[1], kwargs) == ("other", {"mask": None})
