@@ -209,7 +209,7 @@ def test_only_outputs_that_nothing_writes_into_are_kept() -> None:
         for model in (llama, bert, other)
         for path, _, slots in named_slots(model)
         for adapter in slots.children()
-        if hasattr(adapter, "writes") and hasattr(adapter, "ia3_l")
+        if hasattr(adapter, "in_place") and hasattr(adapter, "ia3_l")
     }
     assert writes == {"k_proj": False, "v_proj": True, "key": True, "value": True, "0": False}
     other(torch.randn(2, 3)).sum().backward()

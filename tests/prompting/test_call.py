@@ -16,7 +16,7 @@ from generating import cache_name, with_cache
 import lightning_peft
 from lightning_peft import PrefixTuning, PromptTuning, inject
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.network.calls import argument_names, bound
+from lightning_peft.network.calls import LENGTHS, argument_names, bound
 from lightning_peft.optional import HF_NEWEST
 from lightning_peft.prompting import call as model_call
 from lightning_peft.prompting.call import (
@@ -204,7 +204,7 @@ def test_the_argument_that_positions_are_counted_by() -> None:
 
 
 def test_no_other_file_of_core_and_methods_looks_such_an_argument_up_by_name() -> None:
-    known = {*model_call._CACHES, *model_call._LENGTHS, *model_call._POSITIONS}
+    known = {*model_call._CACHES, *LENGTHS, *model_call._POSITIONS}
     assert "past_key_values" in known
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.is_relative_to(PACKAGE / "data") or path in (
