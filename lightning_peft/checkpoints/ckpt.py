@@ -1,19 +1,19 @@
 """The adapter's part of a checkpoint: its tensors, and the record that lets it be attached and checked again."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.checkpoints.fingerprint import check_base, check_own_base, fingerprint
 from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
-from lightning_peft.checkpoints.save_load import OWN_NAME, load_own
-from lightning_peft.checkpoints.tensor_checks import check_finite
+from lightning_peft.checkpoints.tensors import check_tensors, fill_own, own_views
 from lightning_peft.core.method import Method
-from lightning_peft.errors import AdapterKeyError, AdapterNameError, CheckpointError, did_you_mean
-from lightning_peft.injection.inject import Injection, inject, plan_injection, remove
+from lightning_peft.core.peft_form import PeftTensor
+from lightning_peft.errors import AdapterNameError, CheckpointError
+from lightning_peft.injection.inject import Injection, attach, plan_injection
 from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 from lightning_peft.injection.registry import registries, registry_of
 from lightning_peft.network.walk import CHILD, join, plain_name
@@ -44,7 +44,6 @@ def metadata(model: nn.Module) -> dict[str, Any]:
     return {"version": METADATA_VERSION, "adapters": adapters, "base": fingerprint(model)}
 
 
-@as_checkpoint_error()
 def attach_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> None:
     """Attach what a record describes, or check that what is attached already is the same, and that ``state`` fits.
 
@@ -56,6 +55,13 @@ def attach_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -
         BaseMismatchError: the adapters were trained on another base.
         CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached.
     """
+    for owner, injection in _plan(model, metadata, state):
+        attach(owner, injection)
+
+
+@as_checkpoint_error()
+def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tuple[nn.Module, Injection]]:
+    """What is to be attached, and where; all of it checked. The model is only read."""
     entries = methods_in(metadata)
     attached = {
         (plain_name(path), name): a.method for path, _, r in registries(model) for name, a in r.attachments.items()
@@ -77,23 +83,50 @@ def attach_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -
             )
         fully_trained += [join(path, top) for top in resolve_modules_to_save(modules[path], method.modules_to_save)]
     _check_mapping(state)
-    base = base_keys(model)
-    if not (base & state.keys()):
+    full = bool(base_keys(model) & state.keys())
+    if not full:
         check_base(model, metadata.get("base"), tuple(fully_trained))
-    added: list[tuple[nn.Module, str]] = []
-    try:
-        for (path, name), method in entries.items():
-            if (path, name) not in attached:
-                with limit_allocation(model, state.values()):
-                    inject(modules[path], method, name)
-                added.append((modules[path], name))
-        _check_state(model, state, metadata.get("base"))
-    except Exception as error:
-        for owner, name in added:
-            remove(owner, name)
-        if isinstance(error, AdapterNameError):
-            raise CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged: {error}") from error
-        raise
+    planned: list[tuple[nn.Module, Injection]] = []
+    views = _views(model, None if full else adapter_keys(model))
+    for (path, name), method in entries.items():
+        if (path, name) not in attached:
+            owner = modules[path]
+            with limit_allocation(model, state.values()):
+                try:
+                    injection = plan_injection(owner, method, name)
+                except AdapterNameError as error:
+                    raise CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged: {error}") from error
+            planned.append((owner, injection))
+            views |= _planned_views(model, owner, injection)
+    # The extra state of a module is whatever it wants.
+    others = {key for key, value in model.state_dict(keep_vars=True).items() if not isinstance(value, Tensor)}
+    found = {key: value for key, value in state.items() if key not in others}
+    check_tensors(views, found, of="" if full else "adapter ")
+    if full and metadata.get("base"):
+        check_own_base(state, metadata["base"])
+    return planned
+
+
+def _views(model: nn.Module, keys: Set[str] | None) -> dict[str, PeftTensor]:
+    """The tensors of ``model`` under ``keys`` by their names in files; all of them if None."""
+    own = adapter_keys(model)
+    return {
+        plain_name(key): PeftTensor((tensor,), trained=key in own and isinstance(tensor, nn.Parameter))
+        for key, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and (keys is None or key in keys)
+    }
+
+
+def _planned_views(model: nn.Module, owner: nn.Module, injection: Injection) -> dict[str, PeftTensor]:
+    """The tensors that ``injection`` adds, by the names that files have for them."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):  # one that is used twice has two names
+        paths.setdefault(id(module), []).append(plain_name(path))
+    views: dict[str, PeftTensor] = {}
+    for placement in injection.placements:
+        for path in paths[id(owner.get_submodule(placement.path))]:
+            views |= own_views([replace(placement, path=path)], injection.name)
+    return views
 
 
 @as_checkpoint_error()
@@ -117,9 +150,9 @@ def prepare_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Tensor
     with limit_allocation(model, state.values()):
         injection = plan_injection(model, entries[source], name)
     check_base(model, metadata.get("base"), injection.fully_trained)
-    own = re.compile(rf"(^|\.){CHILD}\.{re.escape(source)}(?=[.:])")
-    found = {own.sub(rf"\1{CHILD}.{OWN_NAME}", key): value for key, value in state.items() if own.search(key)}
-    load_own(injection.placements, found)
+    of_source = re.compile(rf"(^|\.){CHILD}\.{re.escape(source)}(?=[.:])")
+    placements = [replace(placement, path=plain_name(placement.path)) for placement in injection.placements]
+    fill_own(placements, {key: value for key, value in state.items() if of_source.search(key)}, source)
     return injection
 
 
@@ -162,59 +195,6 @@ def base_keys(model: nn.Module) -> set[str]:
 def _check_mapping(state: Any) -> None:
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise CheckpointError("The 'state_dict' of this file is damaged: it is no mapping from names to tensors.")
-
-
-def _check_state(model: nn.Module, state: Mapping[str, Any], base: Any) -> None:
-    """Check that ``state`` holds the adapters of ``model``, or all of ``model``, and nothing else.
-
-    Args:
-        model: the network, its adapters attached.
-        state: the tensors of the file.
-        base: what the file records of its base, for the case that the base is in the file too.
-
-    Raises:
-        AdapterKeyError: a tensor is missing, left over, or of another shape or kind.
-        CheckpointError: an adapter has values that are no numbers.
-    """
-    whole = {plain_name(key): value for key, value in model.state_dict(keep_vars=True).items()}
-    own = frozenset(map(plain_name, adapter_keys(model)))
-    full = bool(base_keys(model) & state.keys())
-    wanted = whole if full else {key: whole[key] for key in own if key in whole}
-    if missing := sorted(wanted.keys() - state.keys()):
-        raise AdapterKeyError(
-            f"The file lacks {len(missing)} of {len(wanted)} {'' if full else 'adapter '}tensors, first '{missing[0]}'."
-            " It is damaged, or was written with other settings."
-        )
-    if extra := sorted(state.keys() - wanted.keys()):
-        raise AdapterKeyError(
-            f"The file holds {len(extra)} tensors that belong to no adapter of {type(model).__name__}, first "
-            f"'{extra[0]}'.{did_you_mean(extra[0], wanted)}"
-        )
-    if full and base:
-        check_own_base(state, base)
-    for key, here in wanted.items():
-        there = state[key]
-        if not isinstance(here, Tensor):
-            continue  # extra state of a module, whatever it is
-        if not isinstance(there, Tensor) or there.shape != here.shape:
-            found = list(there.shape) if isinstance(there, Tensor) else type(there).__name__
-            raise AdapterKeyError(f"'{key}' is {found} in the file and must have shape {list(here.shape)}.")
-        trained = key in own and isinstance(here, nn.Parameter)
-        kind, found = _kind(here, exact=trained), "meta" if there.is_meta else _kind(there, exact=trained)
-        if found != kind:
-            raise AdapterKeyError(
-                f"'{key}' is {found} in the file and must be {kind}: it was changed after it was saved, or belongs to "
-                "a base of another precision."
-            )
-        if trained:
-            check_finite(key, there)
-
-
-def _kind(tensor: Tensor, exact: bool) -> str:
-    """What a tensor is: its dtype ("float" for all of them if not ``exact``), and how it is laid out."""
-    dtype = "float" if tensor.is_floating_point() and not exact else str(tensor.dtype).removeprefix("torch.")
-    layout = "" if tensor.layout == torch.strided else f" {str(tensor.layout).removeprefix('torch.')}"
-    return dtype + layout
 
 
 def _differences(there: Method, here: Method) -> str:

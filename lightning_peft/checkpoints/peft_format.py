@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_peft.checkpoints.tensor_checks import check_tensor
+from lightning_peft.checkpoints.tensors import check_tensors
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement, registered_methods
 from lightning_peft.core.peft_form import CONFIG, PROMPT, PeftFile, PeftState, PeftTensor, listed
@@ -151,27 +150,7 @@ def fill(form: PeftState, tensors: Mapping[str, Tensor], model: nn.Module, exact
         AdapterKeyError: a tensor is missing, left over, or has another shape or kind; nothing is changed then.
         CheckpointError: a parameter has values that are no numbers.
     """
-    if missing := sorted(form.tensors.keys() - tensors.keys()):
-        raise AdapterKeyError(
-            f"The file lacks {len(missing)} of {len(form.tensors)} tensors, first '{missing[0]}'. It is incomplete, or "
-            "the adapter was trained on another base."
-        )
-    base = base_state(model)
-    for key in sorted(tensors.keys() - form.tensors.keys()):
-        # peft saves an embedding along with the adapter on it, and modules that it expects to be trained.
-        own = base.get(key.replace(".base_layer.", "."))
-        if own is None:
-            raise AdapterKeyError(
-                f"The file holds a tensor '{key}' that belongs to no part of the adapter."
-                f"{did_you_mean(key, form.tensors)}"
-            )
-        if not _equal(own, tensors[key]):
-            raise BaseMismatchError(
-                f"The file brings its own values for '{key}' of the base, and {type(model).__name__} has others (an "
-                "enlarged vocabulary, or another base). Put these into the base model first, and train there."
-            )
-    for key, tensor in form.tensors.items():
-        check_tensor(key, tensors[key], tensor.shape, tensor.parts[0], tensor.trained, exact)
+    check_tensors(form.tensors, tensors, exact=exact, base=base_state(model))
     for key, tensor in form.tensors.items():
         tensor.fill(tensors[key])
 
@@ -261,13 +240,3 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
 def _state(path: str, module: nn.Module) -> dict[str, Tensor]:
     own = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
     return {join(path, name): tensor for name, tensor in {**module._parameters, **own}.items() if tensor is not None}
-
-
-def _equal(own: Tensor, other: Tensor) -> bool:
-    """True if both are the same numbers but for rounding to the coarser of their dtypes."""
-    if own.shape != other.shape or own.is_floating_point() != other.is_floating_point():
-        return False
-    if not own.is_floating_point():
-        return torch.equal(own.cpu(), other)
-    coarser = max(torch.finfo(own.dtype).eps, torch.finfo(other.dtype).eps)
-    return torch.allclose(own.detach().cpu().double(), other.double(), rtol=2 * coarser, atol=1e-12)

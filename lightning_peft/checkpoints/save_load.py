@@ -16,19 +16,16 @@ from lightning_peft.checkpoints.directory import MANIFEST, Directory, read_direc
 from lightning_peft.checkpoints.fingerprint import SAMPLES, compare, fingerprint, fingerprint_tensors
 from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
 from lightning_peft.checkpoints.peft_format import fill, form_of, from_files, strip, to_files
-from lightning_peft.checkpoints.tensor_checks import check_tensor
+from lightning_peft.checkpoints.tensors import fill_own, own_views
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement
-from lightning_peft.errors import AdapterKeyError, CheckpointError, TargetError, did_you_mean
+from lightning_peft.errors import CheckpointError, TargetError
 from lightning_peft.injection.inject import Injection, attach, plan_injection
 from lightning_peft.injection.registry import find_adapter
 from lightning_peft.injection.report import Report
-from lightning_peft.injection.slots import slot_name
 from lightning_peft.network.pretrained import pretrained_models
-from lightning_peft.network.walk import CHILD, below, join, plain_name, within
+from lightning_peft.network.walk import below, plain_name, within
 
-OWN_NAME = "default"
-"""What adapters are called in our own keys of a file, whatever they are called in the model."""
 _SHORT = ("float32", "bfloat16", "float16")
 
 
@@ -56,13 +53,13 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     form = form_of(attachment.method, placements, network)
     trained: dict[str, Tensor] | None = None
     if form is None:
-        tensors = {key: tensor.detach().cpu().clone() for key, tensor in _own(placements).items()}
+        tensors = {key: view.value() for key, view in own_views(placements).items()}
         # A type that peft does not know, so that it refuses the directory.
         config: dict[str, Any] = {"peft_type": f"lightning_peft.{type(attachment.method).__name__}"}
     else:
         config, tensors = to_files(form, fully_trained, network)
         if not form.exact:
-            trained = {key: tensor.detach().cpu().clone() for key, tensor in _own(_without_saved(placements)).items()}
+            trained = {key: view.value() for key, view in own_views(_without_saved(placements)).items()}
     base = fingerprint(owner, root, fully_trained)
     manifest = {
         "method": attachment.method.to_config(),
@@ -149,13 +146,13 @@ def _from_manifest(model: nn.Module, directory: Directory, manifest: Mapping[str
     if (form is not None) != manifest["in_peft_format"]:
         raise CheckpointError(f"{directory.path / MANIFEST} says that peft has this adapter, and it has not.")
     if form is None:
-        load_own(placements, directory.tensors)
+        fill_own(placements, directory.tensors)
         return injection
     tensors = strip(directory.tensors)
     if form.exact:
         fill(form, tensors, network)
         return injection
-    load_own(_without_saved(placements), directory.trained or {})
+    fill_own(_without_saved(placements), directory.trained or {})
     # Of peft's file, what was computed is left.
     saved_part = replace(form, tensors={k: t for k, t in form.tensors.items() if within(k, fully_trained)})
     fill(saved_part, {k: t for k, t in tensors.items() if k in saved_part.tensors or k not in form.tensors}, network)
@@ -251,39 +248,3 @@ def _unlike(recorded: Sequence[str], placements: Sequence[Placement]) -> str:
 
 def _without_saved(placements: Sequence[Placement]) -> list[Placement]:
     return [placement for placement in placements if not isinstance(placement.adapter, FullyTrainedParameters)]
-
-
-# Tensors by our own keys: those of the state dict, of an adapter that is called "default" -----------------------------
-
-
-def _prefix(placement: Placement) -> str:
-    return join(placement.path, CHILD, slot_name(OWN_NAME, placement.part)) + "."
-
-
-def _own(placements: Sequence[Placement]) -> dict[str, Tensor]:
-    return {
-        f"{_prefix(placement)}{key}": tensor
-        for placement in placements
-        for key, tensor in placement.adapter.state_dict(keep_vars=True).items()
-    }
-
-
-def load_own(placements: Sequence[Placement], tensors: Mapping[str, Tensor]) -> None:
-    """Put ``tensors`` into adapters that are not attached yet.
-
-    Raises:
-        AdapterKeyError: one is missing, left over, or has another shape or kind; nothing is changed then.
-    """
-    wanted = _own(placements)
-    if missing := sorted(wanted.keys() - tensors.keys()):
-        raise AdapterKeyError(f"The file lacks {len(missing)} of {len(wanted)} tensors, first '{missing[0]}'.")
-    if extra := sorted(tensors.keys() - wanted.keys()):
-        raise AdapterKeyError(
-            f"The file holds {len(extra)} tensors that belong to no adapter, first '{extra[0]}'."
-            f"{did_you_mean(extra[0], wanted)}"
-        )
-    for key, tensor in wanted.items():
-        check_tensor(key, tensors[key], tensor.shape, tensor, isinstance(tensor, nn.Parameter))
-    for placement in placements:
-        prefix, state = _prefix(placement), placement.adapter.state_dict()
-        placement.adapter.load_state_dict({key: tensors[prefix + key] for key in state})

@@ -283,7 +283,7 @@ def test_a_directory_that_cannot_be_made_is_refused(base: nn.Module, tmp_path: P
 # The tensors
 
 CHANGES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
-    "missing": (lambda t: t.pop(min(t)), "lacks|no tensors for it|belongs to no part"),
+    "missing": (lambda t: t.pop(min(t)), "lacks|no tensors for it|belong to no adapter"),
     "unknown": (lambda t: t.update({f"{min(t)}er": torch.zeros(1)}), "belong"),
     "misshapen": (lambda t: t.update({min(t): t[min(t)][:-1].clone()}), "must have shape|rank"),
     "whole numbers": (lambda t: t.update({min(t): t[min(t)].int()}), "it is damaged"),
@@ -328,7 +328,7 @@ def test_a_method_of_our_own_cannot_be_read_without_its_record(base: nn.Module, 
         ({"peft_type": "ADALORA"}, CheckpointError, "peft_type='ADALORA' has no counterpart here; known are IA3, LN"),
         ({"peft_type": None}, CheckpointError, "peft_type=None has no counterpart"),
         ({"peft_type": ["LORA"]}, CheckpointError, "has no counterpart"),
-        ({"use_dora": True}, AdapterKeyError, r"lacks 4 of \d+ tensors, first '.*lora_magnitude_vector'"),
+        ({"use_dora": True}, AdapterKeyError, r"lacks 4 of \d+ adapter tensors, first '.*lora_magnitude_vector'"),
         ({"use_dora": "yes"}, CheckpointError, "use_dora='yes' of a LORA adapter has no counterpart .* train without"),
         ({"lora_bias": True}, CheckpointError, "lora_bias=True"),
         ({"bias": "all"}, CheckpointError, "bias='all'"),
