@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft.checkpoints.fingerprint import check_base, check_own_base, fingerprint
 from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
-from lightning_peft.checkpoints.tensors import check_tensors, fill_own, own_views
+from lightning_peft.checkpoints.tensors import TensorView, check_tensors, fill_own, own_views
 from lightning_peft.core.method import Method
-from lightning_peft.core.peft_form import PeftTensor
 from lightning_peft.errors import AdapterNameError, CheckpointError
 from lightning_peft.injection.inject import Injection, attach, plan_injection
 from lightning_peft.injection.modules_to_save import resolve_modules_to_save
@@ -107,22 +106,22 @@ def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tup
     return planned
 
 
-def _views(model: nn.Module, keys: Set[str] | None) -> dict[str, PeftTensor]:
+def _views(model: nn.Module, keys: Set[str] | None) -> dict[str, TensorView]:
     """The tensors of ``model`` under ``keys`` by their names in files; all of them if None."""
     own = adapter_keys(model)
     return {
-        plain_name(key): PeftTensor((tensor,), trained=key in own and isinstance(tensor, nn.Parameter))
+        plain_name(key): TensorView((tensor,), trained=key in own and isinstance(tensor, nn.Parameter))
         for key, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor) and (keys is None or key in keys)
     }
 
 
-def _planned_views(model: nn.Module, owner: nn.Module, injection: Injection) -> dict[str, PeftTensor]:
+def _planned_views(model: nn.Module, owner: nn.Module, injection: Injection) -> dict[str, TensorView]:
     """The tensors that ``injection`` adds, by the names that files have for them."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):  # one that is used twice has two names
         paths.setdefault(id(module), []).append(plain_name(path))
-    views: dict[str, PeftTensor] = {}
+    views: dict[str, TensorView] = {}
     for placement in injection.placements:
         for path in paths[id(owner.get_submodule(placement.path))]:
             views |= own_views([replace(placement, path=path)], injection.name)

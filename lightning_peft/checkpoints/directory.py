@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lightning_peft.checkpoints import files
 from lightning_peft.checkpoints.guard import as_checkpoint_error
+from lightning_peft.checkpoints.peft.state import CONFIG
 from lightning_peft.core.method import Method
-from lightning_peft.core.peft_form import CONFIG
 from lightning_peft.errors import CheckpointError
 
 TENSORS = "adapter_model.safetensors"

@@ -11,8 +11,8 @@ from rich.table import Table
 from torch import nn
 
 from lightning_peft.checkpoints.directory import Directory, read_directory
+from lightning_peft.checkpoints.peft.state import PROMPT, listed
 from lightning_peft.checkpoints.save_load import prepare
-from lightning_peft.core.peft_form import PROMPT, listed
 from lightning_peft.errors import PEFTError
 from lightning_peft.injection.registry import registries
 

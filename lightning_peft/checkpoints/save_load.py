@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.checkpoints.directory import MANIFEST, Directory, read_directory, write_directory
 from lightning_peft.checkpoints.fingerprint import SAMPLES, compare, fingerprint, fingerprint_tensors
 from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
-from lightning_peft.checkpoints.peft_format import fill, form_of, from_files, strip, to_files
+from lightning_peft.checkpoints.peft.translation import fill, form_of, from_files, strip, to_files
 from lightning_peft.checkpoints.tensors import fill_own, own_views
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement

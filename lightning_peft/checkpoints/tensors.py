@@ -1,24 +1,58 @@
 """The tensors of a file and those of adapters that they are for: compared, and filled when all of them fit."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.method import Placement
-from lightning_peft.core.peft_form import PeftTensor
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
 from lightning_peft.injection.slots import slot_name
 from lightning_peft.network.walk import CHILD, join
 
-Views = Mapping[str, PeftTensor]
+
+@dataclass(frozen=True)
+class TensorView:
+    """One tensor of a file, joined from views of an adapter's parameters."""
+
+    parts: tuple[Tensor, ...]
+    dim: int = 0
+    """The dimension along which the parts lie side by side."""
+    trained: bool = True
+    """True if these are parameters, and no buffers."""
+
+    @property
+    def shape(self) -> list[int]:
+        """The shape in the file."""
+        size = list(self.parts[0].shape)
+        if len(self.parts) == 1:  # a count has no dimension to join along
+            return size
+        size[self.dim] = sum(part.shape[self.dim] for part in self.parts)
+        return size
+
+    def value(self) -> Tensor:
+        """The tensor for the file, with memory of its own."""
+        if len(self.parts) == 1:
+            return self.parts[0].detach().cpu().clone(memory_format=torch.contiguous_format)
+        return torch.cat([part.detach() for part in self.parts], self.dim).cpu()
+
+    def fill(self, value: Tensor) -> None:
+        """Put ``value`` into the parameters."""
+        one = len(self.parts) == 1
+        pieces = (value,) if one else value.split([part.shape[self.dim] for part in self.parts], self.dim)
+        for part, piece in zip(self.parts, pieces, strict=True):
+            part.detach().copy_(piece)
+
+
+Views = Mapping[str, TensorView]
 """What a file has to hold: by its keys, views of adapters' tensors."""
 OWN_NAME = "default"
 """What an adapter is called in our own keys of a directory, whatever it is called in the model."""
 
 
-def own_views(placements: Sequence[Placement], name: str = OWN_NAME, root: str = "") -> dict[str, PeftTensor]:
+def own_views(placements: Sequence[Placement], name: str = OWN_NAME, root: str = "") -> dict[str, TensorView]:
     """The tensors of ``placements`` by our own keys: those of a state dict in which the adapter is called ``name``.
 
     Args:
@@ -27,7 +61,7 @@ def own_views(placements: Sequence[Placement], name: str = OWN_NAME, root: str =
         root: the path of the module that the placements' paths are seen from.
     """
     return {
-        key: PeftTensor((tensor,), trained=isinstance(tensor, nn.Parameter))
+        key: TensorView((tensor,), trained=isinstance(tensor, nn.Parameter))
         for placement in placements
         for key, tensor in placement.adapter.state_dict(prefix=_prefix(placement, name, root), keep_vars=True).items()
         if isinstance(tensor, Tensor)
@@ -91,7 +125,7 @@ def check_tensors(
         _check_tensor(key, found[key], view, exact)
 
 
-def _check_tensor(key: str, found: Any, view: PeftTensor, exact: bool) -> None:
+def _check_tensor(key: str, found: Any, view: TensorView, exact: bool) -> None:
     shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
     if shape != view.shape:
         raise AdapterKeyError(f"'{key}' is {shape} in the file and must have shape {view.shape}.")

@@ -12,29 +12,28 @@ import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.core.adapter import Adapter, OutputAdapter, adapter_dtype
 from lightning_peft.core.fields import Count, Positive, Probability
-from lightning_peft.core.method import Placement
-from lightning_peft.core.peft_form import (
-    CONFIG,
-    PeftFile,
-    PeftState,
-    PeftTensor,
-    exact_names,
-    exact_targets,
-    exceptions,
-)
+from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.core.targeted import LayerMethod
-from lightning_peft.errors import CheckpointError, ConfigError, NotApplicableError, TargetError
+from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
 from lightning_peft.network.hosts import Host
-from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, TransposedLayout
+from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout
 from lightning_peft.network.patterns import matches_end, pattern_value
+
+LORA = PeftTable(
+    type="LORA",
+    fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "use_rslora": "use_rslora"},
+    rank=("lora_A.weight", "lora_embedding_A"),
+    # What only says how the factors started; those that change the base when they start do not stand here.
+    harmless=("loftq_config", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +44,7 @@ class LowRankMethod(LayerMethod):
         ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
     """
 
-    peft_types: ClassVar[tuple[str, ...]] = ("LORA",)
+    peft: ClassVar[PeftTable | None] = LORA
 
     r: Count = 8
     """Rank of the update, at least 1 and at most the smaller side of each layer's matrix."""
@@ -108,69 +107,6 @@ class LowRankMethod(LayerMethod):
             )
         return self.build_weight(host, r, scale)
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
-        tensors: dict[str, PeftTensor] = {}
-        ranks: dict[str, int] = {}
-        alphas: dict[str, float] = {}
-        transposed = []
-        for placement in placements:
-            path, adapter = placement.path, placement.adapter
-            if not isinstance(adapter, LowRankFactors) or not (named := adapter.peft_tensors()):
-                return None  # peft has it in no layer that reads its weight itself (but for a part of one)
-            tensors |= {f"{path}.{key}": PeftTensor((tensor,)) for key, tensor in named.items()}
-            ranks[path] = r = adapter.lora_A.shape[0]
-            divisor = math.sqrt(r) if self.use_rslora else r
-            # One of the fields, as it was written: what the scale was computed from cannot be had back exactly.
-            known = {self.alpha, *self.alpha_pattern.values()}
-            alphas[path] = min(known, key=lambda alpha: abs(alpha / divisor - adapter.scale))
-            transposed.append(type(adapter.layout) is TransposedLayout)
-        (r, rank_pattern), (alpha, alpha_pattern) = exceptions(ranks), exceptions(alphas)
-        config = {
-            "peft_type": "LORA",
-            "r": r,
-            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.use_rslora,
-            "rank_pattern": rank_pattern,
-            "alpha_pattern": alpha_pattern,
-            "bias": "none",
-            "fan_in_fan_out": any(transposed),
-            "target_modules": exact_targets(ranks, model),
-            **self.peft_marks,
-        }
-        return PeftState(config=config, tensors=tensors)
-
-    @classmethod
-    def from_peft(cls, file: PeftFile) -> tuple[Self, Mapping[str, Tensor]]:
-        file.check_fields(*_READ, *cls.peft_marks)
-        for name, harmless in (("bias", ("none", None)), ("init_lora_weights", _INITS)):
-            if name not in cls.peft_marks and file.config.get(name) not in harmless:
-                raise file.unsupported(name)
-        r, alpha = file.whole("r", 8), file.number("lora_alpha", 8)
-        rank_pattern, alpha_pattern = file.patterns("rank_pattern"), file.patterns("alpha_pattern")
-        ranks = {path: a.shape[0] for path, a in file.hosts("lora_A.weight", "lora_embedding_A").items()}
-        for path, found in ranks.items():
-            if found != pattern_value(rank_pattern, path, r):
-                raise CheckpointError(
-                    f"{CONFIG} gives '{path}' the rank {pattern_value(rank_pattern, path, r)}, and its tensors have "
-                    f"{found}: r or rank_pattern was edited, or the files belong to two adapters."
-                )
-        (r, ranks), (alpha, alphas) = (
-            exceptions(ranks),
-            exceptions({path: pattern_value(alpha_pattern, path, alpha) for path in ranks}),
-        )
-        method = cls(
-            r=r,
-            alpha=alpha,
-            dropout=file.number("lora_dropout", 0.0),
-            use_rslora=file.flag("use_rslora"),
-            rank_pattern=ranks,
-            alpha_pattern=alphas,
-            target_modules=exact_names(file.hosts("lora_A.weight", "lora_embedding_A"), file.model),
-            modules_to_save=None,
-        )
-        return method, file.tensors
-
 
 class LowRankFactors(Adapter):
     """The two factors, wherever they act."""
@@ -179,6 +115,11 @@ class LowRankFactors(Adapter):
         super().__init__()
         self.layout, self.scale = host.layout, scale
         self.lora_A, self.lora_B = _factors(host, r)  # (r, in), (out, r)
+
+    @property
+    def rank(self) -> int:
+        """The rank of the product."""
+        return len(self.lora_A)
 
     def low_rank(self) -> LowRank | None:
         return LowRank(self.lora_A, self.lora_B, self.scale)
@@ -217,14 +158,6 @@ class LowRankOutput(LowRankFactors, OutputAdapter):
                 return {}
             a, b = layout.native(a), b.view(*b.shape, *[1] * len(layout.kernel))
         return {"lora_A.weight": a, "lora_B.weight": b}
-
-
-# What from_peft reads, and what only says how the factors started (those that change the base when they start do not).
-_READ = (
-    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights",
-    "loftq_config", "eva_config", "megatron_core", "qalora_group_size", "runtime_config",
-)  # fmt: skip
-_INITS: tuple[Any, ...] = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def _factors(host: Host, r: int) -> tuple[nn.Parameter, nn.Parameter]:

@@ -75,6 +75,14 @@ class Adapter(nn.Module):
         """What it adds to its host's weight, where that is a product of two factors; None elsewhere."""
         return None
 
+    def peft_tensors(self) -> Mapping[str, Tensor] | None:
+        """The tensors by peft's keys and in its shapes, none where peft would compute something else.
+
+        Returns:
+            None where the method's table says it all (:class:`~lightning_peft.core.peft_table.PeftTable`).
+        """
+        return None
+
     def eject(self) -> bool:
         """Drop what only training needs, so that the same is computed with fewer parameters.
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import Patterns, declared_fields, expected, fits, shown
-from lightning_peft.core.peft_form import PeftFile, PeftState
-from lightning_peft.errors import CheckpointError, ConfigError, PEFTError, did_you_mean
+from lightning_peft.core.peft_table import PeftTable
+from lightning_peft.errors import ConfigError, PEFTError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,8 @@ class Method(ABC):
     """Modules fully trained beside the adapters: name suffixes, ``"auto"`` (the task head), or None."""
     exclusive: ClassVar[str] = ""
     """What only one method of a combination can bring, such as ``"prompt"``; empty for most."""
-    peft_types: ClassVar[tuple[str, ...]] = ()
-    """Each ``peft_type`` of the peft package whose files this method reads; none where peft has no such method."""
-    peft_marks: ClassVar[Mapping[str, Any]] = {}
-    """Fields of peft's config, with their values, that tell this method's files from others of the same type, such as
-    ``{"use_dora": True}``. Of several methods that fit a file, the one with the most marks reads it."""
+    peft: ClassVar[PeftTable | None] = None
+    """How the peft package has this method; None where it has none."""
 
     def __post_init__(self) -> None:
         """Check the fields. A method that checks more calls this first."""
@@ -82,35 +79,6 @@ class Method(ABC):
     def combined(self, adapters: Mapping[str, Adapter]) -> "Method":
         """The method that describes combined ``adapters``, by their hosts' names; this is the first one's."""
         return self
-
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
-        """Say how peft has this adapter.
-
-        Args:
-            placements: the adapters, with their places in ``model``; without the modules that are fully trained, which
-                are no matter of the method.
-            model: the network that peft would wrap.
-
-        Returns:
-            None where peft has no such method, or could not compute the same.
-        """
-        return None
-
-    @classmethod
-    def from_peft(cls, file: PeftFile) -> "tuple[Method, Mapping[str, Tensor]]":
-        """Read a file of one of the :attr:`peft_types`.
-
-        Returns:
-            The method, with the layers named one by one and nothing fully trained, and the tensors as
-            :meth:`to_peft` of that method would have them.
-
-        Raises:
-            CheckpointError: the file is damaged, or asks for something that is not to be had here.
-        """
-        raise CheckpointError(
-            f"{cls.__name__} names {file.config.get('peft_type')!r} among its peft_types and has no from_peft to read "
-            "such a file with. Write one, or leave the type out."
-        )
 
     def pointed_at(self, paths: Sequence[str]) -> "Method":
         """This method with the modules ``paths`` in place of its patterns, if it has any."""

@@ -11,16 +11,17 @@ not formed for the norm:
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.components.low_rank import LowRankFactors, LowRankMethod, LowRankOutput
+from lightning_peft.components.low_rank import LORA, LowRankFactors, LowRankMethod, LowRankOutput
 from lightning_peft.components.low_rank_rows import ByRow
 from lightning_peft.core.adapter import Adapter, BatchedForm, Reference, WeightAdapter, adapter_dtype
 from lightning_peft.core.adapter_index import AdapterIndex
+from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.kernels.dora import plain_rescaled, rescaled_update
@@ -43,7 +44,7 @@ class DoRA(LowRankMethod):
         NotApplicableError: a layer's weight is quantized in a way that is not known: its norm cannot be had.
     """
 
-    peft_marks: ClassVar[Mapping[str, Any]] = {"use_dora": True}
+    peft: ClassVar[PeftTable | None] = replace(LORA, marks={"use_dora": True})
 
     def build(self, host: Host) -> Adapter:
         weight = plain_weight(host.module, host.parameter) if is_quantized(host.weight) else host.weight

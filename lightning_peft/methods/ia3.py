@@ -8,7 +8,6 @@ Liu et al., 2022, arXiv:2205.05638 (T-Few).
 l starts at one, so training starts from the base model. Both are a change of W and b, and merge into them.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter, adapter_dtype
 from lightning_peft.core.fields import Patterns
 from lightning_peft.core.method import Placement, Plan
-from lightning_peft.core.peft_form import PeftFile, PeftState, PeftTensor, exact_names, exact_targets, listed
+from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.errors import NotApplicableError, TargetError
@@ -28,8 +27,8 @@ from lightning_peft.kernels.scale import scale_
 from lightning_peft.network.blocks import find_blocks, find_roles
 from lightning_peft.network.calls import first_input, with_first_input
 from lightning_peft.network.hosts import Host, find_hosts
-from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, TransposedLayout
-from lightning_peft.network.patterns import Vocabulary, each_pattern, match_names
+from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout
+from lightning_peft.network.patterns import Vocabulary, each_pattern
 from lightning_peft.network.positions import has_rotary_positions
 from lightning_peft.network.targets import select_hosts
 from lightning_peft.network.walk import leaf, within
@@ -46,7 +45,7 @@ class IA3(TargetedMethod):
         TargetError: a layer of feedforward_modules is not among the targets.
     """
 
-    peft_types: ClassVar[tuple[str, ...]] = ("IA3",)
+    peft: ClassVar[PeftTable | None] = PeftTable(type="IA3")
 
     target_modules: Patterns = None
     """Layers to rescale; None for key, value and ffn-output. Of a layer that holds query, key and value in one, None
@@ -102,42 +101,6 @@ class IA3(TargetedMethod):
     def pointed_at(self, paths: Sequence[str]) -> "IA3":
         return self  # the paths do not tell which of them are feedforward_modules
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
-        tensors: dict[str, PeftTensor] = {}
-        feedforward, transposed = [], []
-        for placement in placements:
-            path, adapter = placement.path, placement.adapter
-            tensor = adapter.peft_tensor() if isinstance(adapter, (IA3Input, IA3Output)) else None
-            if tensor is None:
-                return None
-            tensors[f"{path}.ia3_l"] = tensor
-            feedforward += [path] if isinstance(adapter, IA3Input) else []
-            transposed.append(isinstance(adapter.layout, TransposedLayout))
-        names = [placement.path for placement in placements]
-        config = {
-            "peft_type": "IA3",
-            "target_modules": exact_targets(names, model),
-            # peft takes what ends in one of these, so that they have to be exact wherever the names above are.
-            "feedforward_modules": _feedforward(feedforward, names),
-            "fan_in_fan_out": any(transposed),
-        }
-        return PeftState(config=config, tensors=tensors)
-
-    @classmethod
-    def from_peft(cls, file: PeftFile) -> tuple["IA3", Mapping[str, Tensor]]:
-        file.check_fields("feedforward_modules", "init_ia3_weights")
-        names, patterns = list(file.hosts("ia3_l")), listed(file.config, "feedforward_modules")
-        if isinstance(file.config.get("feedforward_modules"), str):
-            feedforward = sorted(match_names(patterns[0], names, "feedforward_modules"))
-        else:  # peft asks for no dot before the name
-            feedforward = [name for name in names if name.endswith(tuple(patterns))]
-        method = cls(
-            target_modules=exact_names(names, file.model),
-            feedforward_modules=exact_names(feedforward, file.model) or None,
-            modules_to_save=None,
-        )
-        return method, file.tensors
-
     def _build(self, host: Host, scales_input: bool, start: int, kept: bool) -> Adapter:
         if scales_input:
             if host.weight_only or isinstance(host.layout, EmbeddingLayout):
@@ -147,12 +110,6 @@ class IA3(TargetedMethod):
                 )
             return IA3Input(host)
         return IA3Weight(host, start) if host.weight_only else IA3Output(host, start, kept)
-
-
-def _feedforward(names: list[str], among: list[str]) -> list[str] | str:
-    """What peft's ``feedforward_modules`` has to be for exactly ``names`` to match."""
-    exact = all(other in names or not other.endswith(tuple(names)) for other in among) if names else True
-    return names if exact else "|".join(map(re.escape, names))
 
 
 def _fused_queries(hosts: Sequence[Host], fused: set[str]) -> dict[str, int]:
@@ -208,15 +165,6 @@ class IA3Output(_Scaling, OutputAdapter):
         merged = {"weight": self.layout.native(self.layout.matrix(weight) * scale[:, None])}
         return {**merged, "bias": parameters["bias"] * scale} if self.bias else merged
 
-    def peft_tensor(self) -> PeftTensor | None:
-        """The factors as peft has them, (out, 1) or (1, out, 1, 1); None where it has none."""
-        ones = self.ia3_l.new_ones(self.start)  # peft scales all of a layer
-        if isinstance(self.layout, ConvLayout):
-            return _of_convolution(self.layout, ones, self.ia3_l)
-        if isinstance(self.layout, EmbeddingLayout):
-            return None
-        return PeftTensor((ones[:, None], self.ia3_l.detach()[:, None]))
-
 
 class IA3Weight(_Scaling, WeightAdapter):
     """Rescales rows of a weight, and entries of its bias, that the host reads itself."""
@@ -255,19 +203,6 @@ class IA3Input(_Scaling, InputAdapter):
         groups, channels = self.layout.groups, weight.shape[1]
         by_output = scale.view(groups, 1, channels).expand(-1, weight.shape[0] // groups, -1).reshape(-1, channels)
         return {"weight": weight * by_output.view(*by_output.shape, *[1] * len(self.layout.kernel))}
-
-    def peft_tensor(self) -> PeftTensor | None:
-        """The factors as peft has them, (1, in) or (1, in, 1, 1); None where it has none."""
-        if isinstance(self.layout, ConvLayout):
-            return _of_convolution(self.layout, self.ia3_l)
-        return PeftTensor((self.ia3_l.detach()[None],))
-
-
-def _of_convolution(layout: ConvLayout, *scales: Tensor) -> PeftTensor | None:
-    dims = len(layout.kernel)
-    if dims == 1:
-        return None
-    return PeftTensor(tuple(scale.detach().view(1, -1, *[1] * dims) for scale in scales), dim=1)
 
 
 def _ones(features: int, weight: Tensor) -> nn.Parameter:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.fields import Count, Patterns, Probability
-from lightning_peft.core.method import Method, Placement, Plan
-from lightning_peft.core.peft_form import PROMPT, PeftState, PeftTensor, sizes
-from lightning_peft.prompting.prompts import PromptInput, plan_prompts
+from lightning_peft.core.method import Method, Plan
+from lightning_peft.core.peft_table import PeftTable
+from lightning_peft.prompting.prompts import plan_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class PTuning(Method):
     """
 
     exclusive: ClassVar[str] = "prompt"
+    peft: ClassVar[PeftTable | None] = PeftTable(type="P_TUNING")
 
     num_virtual_tokens: Count = 20
     """Vectors of the prompt, at least 1."""
@@ -49,24 +50,6 @@ class PTuning(Method):
 
     def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         return plan_prompts("PTuning", model, self.num_virtual_tokens, lambda table: EncodedPrompt(self, table.weight))
-
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
-        prompts = [p.adapter.prompt for p in placements if isinstance(p.adapter, PromptInput)]
-        if len(prompts) != 1 or not isinstance(prompts[0], EncodedPrompt):
-            return None
-        vectors = prompts[0].vectors()
-        config = {
-            "peft_type": "P_TUNING",
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "token_dim": vectors.shape[1],
-            **sizes(model),
-            "num_transformer_submodules": 1,  # of an encoder-decoder model, the encoder alone
-            "encoder_reparameterization_type": self.encoder.upper(),
-            "encoder_hidden_size": self.encoder_hidden_size or vectors.shape[1],
-            "encoder_num_layers": self.encoder_num_layers,
-            "encoder_dropout": self.encoder_dropout,
-        }
-        return PeftState(config=config, tensors={PROMPT: PeftTensor((vectors,))}, exact=False)
 
 
 class EncodedPrompt(nn.Module):

@@ -9,7 +9,7 @@ P_K and P_V are parameters, or come out of an MLP that all layers share up to it
 where positions are absolute or rotary, as in the reference implementation.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
@@ -21,8 +21,8 @@ from lightning_peft.components.taps import Tap
 from lightning_peft.core.adapter import Adapter, Reference, adapter_dtype
 from lightning_peft.core.fields import Count, Layers, Must, NotNegative, Patterns
 from lightning_peft.core.method import Method, Placement, Plan
-from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTensor, sizes
-from lightning_peft.errors import BaseMismatchError, NotApplicableError, TargetError
+from lightning_peft.core.peft_table import PeftTable
+from lightning_peft.errors import NotApplicableError, TargetError
 from lightning_peft.network.blocks import PROJECTIONS, Attention, Block, find_blocks
 from lightning_peft.network.calls import batch_dim
 from lightning_peft.network.hosts import Host, find_hosts
@@ -51,7 +51,7 @@ class PrefixTuning(Method):
     """
 
     exclusive: ClassVar[str] = "prefix"
-    peft_types: ClassVar[tuple[str, ...]] = ("PREFIX_TUNING",)
+    peft: ClassVar[PeftTable | None] = PeftTable(type="PREFIX_TUNING")
 
     num_virtual_tokens: Count = 20
     """Keys and values of the prefix in each attention, at least 1."""
@@ -88,7 +88,7 @@ class PrefixTuning(Method):
                 f"PrefixTuning finds no attention in {type(model).__name__}: there are no query, key and value layers "
                 "side by side. Use LoRA or BottleneckAdapter there."
             )
-        chosen = {a.path: (b, a) for b, a in self._chosen(blocks) if not within(a.path, fully_trained)}
+        chosen = {a.path: (b, a) for b, a in self.attentions(blocks) if not within(a.path, fully_trained)}
         every = Vocabulary(a.path for b in blocks for a in b.attentions)
         names = every.narrow(chosen, self.exclude_modules, self.layers)
         if not names:
@@ -96,7 +96,7 @@ class PrefixTuning(Method):
         placements: list[Placement] = []
         numbered: dict[str, None] = {}
         trunk: Trunk | None = None
-        encodes = _crossing(blocks) and _encodes(model)
+        encodes = attends_across(blocks) and _encodes(model)
         for name in names:
             block, attention = chosen[name]
             path, features = _host(model, attention, hosts)
@@ -114,57 +114,15 @@ class PrefixTuning(Method):
             placements.append(Placement(path, shift(path, module, self.num_virtual_tokens), "positions"))
         return Plan(placements)
 
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
-        blocks = find_blocks(list(find_hosts(model)))
-        adapters = [p.adapter for p in placements if isinstance(p.adapter, PrefixedAttention)]
-        prefixes = [adapter.prefix for adapter in adapters if isinstance(adapter.prefix, Prefix)]
-        pairs = [prefix.flat() for prefix in prefixes]
-        widths = {keys.shape[-1] for keys, _ in pairs}
-        # peft has one prefix in every layer, and of an encoder-decoder model in the decoder's attention to itself.
-        partial = self.exclude_modules is not None or self.layers is not None
-        crosses = _crossing(blocks)
-        if self.gating or partial or len(widths) != 1 or (crosses and {*self.places} != {"decoder"}):
-            return None
-        order = _order(len(pairs), crosses)
-        spare = torch.zeros_like(pairs[0][0]), torch.zeros_like(pairs[0][1])
-        parts = [part for layer in order for part in (pairs[layer] if layer < len(pairs) else spare)]
-        config = {
-            "peft_type": "PREFIX_TUNING",
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "token_dim": widths.pop(),
-            **sizes(model),
-            "num_layers": len(order),
-            "num_transformer_submodules": 2 if crosses else 1,
-            "prefix_projection": False,  # what is saved has no MLP any more, and can be trained on as it is
-        }
-        tensor = PeftTensor(tuple(part.detach() for part in parts), dim=1)
-        return PeftState(config=config, tensors={PROMPT: tensor}, exact=not self.prefix_projection)
-
-    @classmethod
-    def from_peft(cls, file: PeftFile) -> tuple["PrefixTuning", Mapping[str, Tensor]]:
-        file.check_fields(*_READ)
-        flat, size = file.prompt()
-        method = cls(num_virtual_tokens=size, places=["decoder"], modules_to_save=None)
-        blocks = find_blocks(list(find_hosts(file.model)))
-        count, layers = sum(1 for _ in method._chosen(blocks)), file.whole("num_layers")
-        if layers < max(count, 1) or flat.shape[1] % (2 * layers) or (layers != count and not _crossing(blocks)):
-            raise BaseMismatchError(
-                f"The adapter belongs to another base: its prefix is {list(flat.shape)} for {layers} layers, and "
-                f"{type(file.model).__name__} has {count}. Load the base model that the adapter was trained on."
-            )
-        pairs = [*flat.chunk(layers, 1)]
-        if file.config.get("num_transformer_submodules", 2 if _crossing(blocks) else 1) == 2:
-            # peft cuts this as if each layer had two pairs: layer l gets pair 2l, beginning again at the end.
-            pairs = [pairs[2 * layer % layers] for layer in range(count)]
-        pairs.append(torch.zeros_like(pairs[0]))
-        return method, {**file.tensors, PROMPT: torch.cat([pairs[i] for i in _order(count, _crossing(blocks))], 1)}
-
-    def _chosen(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, Attention]]:
+    def attentions(self, blocks: Sequence[Block]) -> list[tuple[Block, Attention]]:
+        """The attentions of :attr:`places`, with their blocks."""
+        chosen = []
         for block in blocks:
             itself = "decoder" if any(attention.cross for attention in block.attentions) else "encoder"
             for attention in block.attentions:
-                if not _crossing(blocks) or ("cross" if attention.cross else itself) in self.places:
-                    yield block, attention
+                if not attends_across(blocks) or ("cross" if attention.cross else itself) in self.places:
+                    chosen.append((block, attention))
+        return chosen
 
     def _on(self, model: nn.Module, path: str, cross: bool, prefix: "Prefix", width: int) -> Iterator[Placement]:
         """The prefix of the attention at ``path``, its gate before it."""
@@ -240,28 +198,6 @@ class Trunk(Adapter):
         return hidden.tanh()
 
 
-# What from_peft reads, and what only says where the prefix came from.
-_READ = (
-    "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
-    "prefix_projection", "encoder_hidden_size", "init_weights",
-)  # fmt: skip
-
-
-def _order(layers: int, crosses: bool) -> list[int]:
-    """Which layer's pair of keys and values stands where in peft's flat prefix; ``layers`` for one that none reads.
-
-    Of N pairs, layer l of an encoder-decoder model is given pair 2l, beginning again at the end. With an odd N, each
-    has its own.
-    """
-    if not crosses:
-        return list(range(layers))
-    pairs = layers | 1
-    order = [layers] * pairs
-    for layer in range(layers):
-        order[2 * layer % pairs] = layer
-    return order
-
-
 def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tuple[str, int]:
     """The module that computes an attention, and the features of its keys (and values).
 
@@ -302,7 +238,8 @@ def _relative(model: nn.Module, path: str) -> nn.Module | None:
     return None
 
 
-def _crossing(blocks: Sequence[Block]) -> bool:
+def attends_across(blocks: Sequence[Block]) -> bool:
+    """True if blocks attend to another sequence, as those of a decoder behind an encoder do."""
     return any(attention.cross for block in blocks for attention in block.attentions)
 
 

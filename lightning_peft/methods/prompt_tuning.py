@@ -4,7 +4,7 @@ The prompt, (P, d), is all that trains beside the task head. In an encoder-decod
 text.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.fields import Count, Patterns
-from lightning_peft.core.method import Method, Placement, Plan
-from lightning_peft.core.peft_form import PROMPT, PeftFile, PeftState, PeftTensor, sizes
+from lightning_peft.core.method import Method, Plan
+from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.errors import ConfigError
-from lightning_peft.prompting.prompts import PromptInput, plan_prompts
+from lightning_peft.prompting.prompts import plan_prompts
 
 _SAMPLE = 1024  # tokens whose embeddings tell how large a random prompt has to be
 
@@ -32,7 +32,7 @@ class PromptTuning(Method):
 
     exclusive: ClassVar[str] = "prompt"
     # What an encoder has made is a prompt; peft does not save the encoder.
-    peft_types: ClassVar[tuple[str, ...]] = ("PROMPT_TUNING", "P_TUNING")
+    peft: ClassVar[PeftTable | None] = PeftTable(type="PROMPT_TUNING")
 
     num_virtual_tokens: Count = 20
     """Vectors of the prompt, at least 1."""
@@ -61,28 +61,6 @@ class PromptTuning(Method):
 
     def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         return plan_prompts("PromptTuning", model, self.num_virtual_tokens, lambda table: Prompt(self._start(table)))
-
-    def to_peft(self, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
-        prompts = [p.adapter.prompt for p in placements if isinstance(p.adapter, PromptInput)]
-        if len(prompts) != 1 or not isinstance(prompts[0], Prompt):
-            return None
-        vectors = prompts[0].embedding
-        config = {
-            "peft_type": "PROMPT_TUNING",
-            "num_virtual_tokens": self.num_virtual_tokens,
-            "token_dim": vectors.shape[1],
-            **sizes(model),
-            "num_transformer_submodules": 1,  # of an encoder-decoder model, the encoder alone
-        }
-        return PeftState(config=config, tensors={PROMPT: PeftTensor((vectors,))})
-
-    @classmethod
-    def from_peft(cls, file: PeftFile) -> tuple["PromptTuning", Mapping[str, Tensor]]:
-        file.check_fields(*_READ)
-        vectors, size = file.prompt()
-        # For an encoder-decoder model peft makes a prompt for the decoder too, behind the encoder's, and never uses it.
-        used = vectors[:size] if file.config.get("num_transformer_submodules") == 2 else vectors
-        return cls(num_virtual_tokens=size, modules_to_save=None), {**file.tensors, PROMPT: used}
 
     @torch.no_grad()
     def _start(self, embedding: nn.Embedding) -> Tensor:
@@ -117,16 +95,12 @@ class Prompt(nn.Module):
         super().__init__()
         self.embedding = nn.Parameter(start)
 
-    def forward(self) -> Tensor:
+    def vectors(self) -> Tensor:
+        """The prompt, (P, d)."""
         return self.embedding
 
-
-# What from_peft reads, and what only says where the prompt came from.
-_READ = (
-    "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
-    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
-    "encoder_reparameterization_type", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout",
-)  # fmt: skip
+    def forward(self) -> Tensor:
+        return self.embedding
 
 
 def _token_ids(tokenizer: str, text: str) -> list[int]:

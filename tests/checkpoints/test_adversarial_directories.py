@@ -24,7 +24,7 @@ from lightning_peft.checkpoints import files
 from lightning_peft.checkpoints.ckpt import adapter_state
 from lightning_peft.checkpoints.directory import MANIFEST, TENSORS, TRAINED
 from lightning_peft.checkpoints.guard import check_bounds
-from lightning_peft.core.peft_form import CONFIG
+from lightning_peft.checkpoints.peft.state import CONFIG
 from lightning_peft.errors import PEFTError
 
 METHODS: dict[str, Method] = {

@@ -10,9 +10,8 @@ from torch import nn
 
 from lightning_peft import LoRA, methods
 from lightning_peft.core.method import Method, Plan, registered_methods
-from lightning_peft.core.peft_form import PeftFile
 from lightning_peft.core.targeted import LayerMethod
-from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +118,3 @@ def test_a_field_that_chooses_layers_is_checked(fields: dict[str, Any], message:
 def test_fields_have_names_and_no_positions() -> None:
     with pytest.raises(TypeError):
         LoRA(8)
-
-
-def test_a_type_of_peft_that_a_method_names_and_does_not_read_is_refused():
-    file = PeftFile(config={"peft_type": "LORA"}, tensors={}, model=nn.Linear(2, 2))
-    with pytest.raises(CheckpointError, match=r"Method names 'LORA' .* has no from_peft"):
-        Method.from_peft(file)

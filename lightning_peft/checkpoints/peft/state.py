@@ -1,8 +1,4 @@
-"""How a method says what peft calls it, and what it finds when it reads a file of peft's.
-
-A method describes its tensors once, as :class:`PeftTensor`: views of its own parameters in peft's shapes. Writing joins
-the views, reading fills them, so that the two directions cannot come apart.
-"""
+"""An adapter as peft has it, and a file of peft's as it was read."""
 
 import math
 import re
@@ -11,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from lightning_peft.checkpoints.tensors import TensorView
 from lightning_peft.errors import BaseMismatchError, CheckpointError
 from lightning_peft.network.patterns import matches_end
 from lightning_peft.network.walk import base_modules
@@ -30,46 +26,13 @@ _NEUTRAL = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PeftTensor:
-    """One tensor of a PEFT file, joined from views of an adapter's parameters."""
-
-    parts: tuple[Tensor, ...]
-    dim: int = 0
-    """The dimension along which the parts lie side by side."""
-    trained: bool = True
-    """True if these are parameters, and no buffers."""
-
-    @property
-    def shape(self) -> list[int]:
-        """The shape in the file."""
-        size = list(self.parts[0].shape)
-        if len(self.parts) == 1:  # a count has no dimension to join along
-            return size
-        size[self.dim] = sum(part.shape[self.dim] for part in self.parts)
-        return size
-
-    def value(self) -> Tensor:
-        """The tensor for the file, with memory of its own."""
-        if len(self.parts) == 1:
-            return self.parts[0].detach().cpu().clone(memory_format=torch.contiguous_format)
-        return torch.cat([part.detach() for part in self.parts], self.dim).cpu()
-
-    def fill(self, value: Tensor) -> None:
-        """Put ``value`` into the parameters."""
-        one = len(self.parts) == 1
-        pieces = (value,) if one else value.split([part.shape[self.dim] for part in self.parts], self.dim)
-        for part, piece in zip(self.parts, pieces, strict=True):
-            part.detach().copy_(piece)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PeftState:
     """An adapter as peft has it, all paths as seen from the network that peft would wrap."""
 
     config: dict[str, Any]
     """``peft_type`` and the fields of that type; what every type has is added when the file is written."""
-    tensors: dict[str, PeftTensor]
+    tensors: dict[str, TensorView]
     """By path in the network and peft's own name, such as ``encoder.0.query.lora_A.weight``."""
     exact: bool = True
     """True if training can go on from these tensors; if not, they are computed, and never filled."""

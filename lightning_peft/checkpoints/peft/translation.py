@@ -1,7 +1,7 @@
 """An adapter as a directory of the peft package: what every method has in common there.
 
-What is peculiar to a method is in its own file (``to_peft`` and ``from_peft``). Here are the key prefixes, the modules
-that are fully trained, the task, and what peft does to a model without being told.
+What is peculiar to a method is in its :class:`~.formats.PeftFormat`. Here are the key prefixes, the modules that are
+fully trained, the task, and what peft does to a model without being told.
 """
 
 import re
@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.checkpoints.tensors import check_tensors
+from lightning_peft.checkpoints.peft.formats import PeftFormat, format_of
+from lightning_peft.checkpoints.peft.state import CONFIG, PROMPT, PeftFile, PeftState, listed
+from lightning_peft.checkpoints.tensors import TensorView, check_tensors
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement, registered_methods
-from lightning_peft.core.peft_form import CONFIG, PROMPT, PeftFile, PeftState, PeftTensor, listed
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
 from lightning_peft.network.walk import base_modules, join, within
 
@@ -41,11 +42,12 @@ def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -
         model: the network that peft would wrap.
     """
     own = [placement for placement in placements if not isinstance(placement.adapter, FullyTrainedParameters)]
-    form = method.to_peft(own, model) if own else None
+    written = format_of(type(method))
+    form = written.to_peft(method, own, model) if written and own else None
     if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
         return None
     fully_trained = {
-        join(placement.path, name): PeftTensor((copy,), trained=isinstance(copy, nn.Parameter))
+        join(placement.path, name): TensorView((copy,), trained=isinstance(copy, nn.Parameter))
         for placement in placements
         if isinstance(placement.adapter, FullyTrainedParameters)
         for name, copy in placement.adapter.copies().items()
@@ -93,36 +95,38 @@ def from_files(
         BaseMismatchError: the adapter was made for layers that ``model`` does not have.
         CheckpointError: the method, or a field of it, has no counterpart here.
     """
-    kind = config.get("peft_type")
-    known = {name for method in registered_methods() for name in method.peft_types}
-    if not isinstance(kind, str) or kind not in known:
-        raise CheckpointError(
-            f"{CONFIG}: peft_type={kind!r} has no counterpart here; known are {', '.join(sorted(known))}."
-            f"{did_you_mean(str(kind), known)} Merge the adapter with peft (merge_and_unload) and load that model."
-        )
+    reader = _reader(config)
     stripped = strip(tensors)
     names = [*listed(config, "modules_to_save"), *_HEADS.get(str(config.get("task_type")), ())]
     state, tops = base_state(model), wrapped(names, model)
     whole = {key: top for top in tops for key in stripped if key in state and within(key, [top])}
     file = PeftFile(config=config, tensors={k: t for k, t in stripped.items() if k not in whole}, model=model)
-    method, read = _reader(kind, config).from_peft(file)
+    method, read = reader.from_peft(file)
     _check_targets(config, read, [*whole.values()], model)
     method = replace(method, modules_to_save=sorted({*whole.values()}) or None)  # type: ignore[type-var]
     return method, {**read, **{key: stripped[key] for key in whole}}
 
 
-def _reader(kind: str, config: Mapping[str, Any]) -> type[Method]:
-    """The method that a file of this type belongs to: the one with the most marks among those whose marks it has."""
+def _reader(config: Mapping[str, Any]) -> PeftFormat:
+    """What reads a file with this config: of those whose marks it has, the one with the most."""
+    kind = config.get("peft_type")
+    every = [form for method in registered_methods() if (form := format_of(method))]
+    known = {name for form in every for name in form.types}
+    if not isinstance(kind, str) or kind not in known:
+        raise CheckpointError(
+            f"{CONFIG}: peft_type={kind!r} has no counterpart here; known are {', '.join(sorted(known))}."
+            f"{did_you_mean(str(kind), known)} Merge the adapter with peft (merge_and_unload) and load that model."
+        )
     # Compared with their types: to Python, 1 is True.
     fitting = [
-        method
-        for method in registered_methods()
-        if kind in method.peft_types
-        and all((type(v), v) == (type(config.get(name)), config.get(name)) for name, v in method.peft_marks.items())
+        form
+        for form in every
+        if kind in form.types
+        and all((type(v), v) == (type(config.get(name)), config.get(name)) for name, v in form.table.marks.items())
     ]
     if not fitting:
         raise CheckpointError(f"{CONFIG}: no method here reads this kind of {kind} adapter.")
-    return max(fitting, key=lambda method: len(method.peft_marks))
+    return max(fitting, key=lambda form: len(form.table.marks))
 
 
 def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
