@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lightning_peft.core.starting import for_a_file
 from lightning_peft.errors import CheckpointError, PEFTError
 
 _DEPTH = 64
@@ -53,7 +54,7 @@ def check_bounds(value: dict[Any, Any]) -> None:
 
 @contextmanager
 def limit_allocation(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]:
-    """Refuse, in the ``with`` block, to create adapters that are larger than those of a file.
+    """Plan adapters for a file's values in the ``with`` block, and refuse to create larger ones than the file has.
 
     What a file says of its adapters need not be true of the tensors in it, and a rank of 10**9 would fill any memory
     before the shapes could be compared.
@@ -66,10 +67,9 @@ def limit_allocation(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]
         CheckpointError: a tensor, or all together, would be larger than ``tensors``.
     """
     held = sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))
-    largest = max(
-        (tensor.numel() for tensor in model.state_dict(keep_vars=True).values() if _counted(tensor)), default=0
-    )
-    with _Allowance(one=max(held, largest) + _SPARE, together=4 * held + _SPARE):
+    base = [tensor.numel() for tensor in model.state_dict(keep_vars=True).values() if _counted(tensor)]
+    # A file of a seed alone says nothing of what is made of it, which is of the size of layers.
+    with for_a_file(), _Allowance(one=max(held, *base, 0) + _SPARE, together=max(4 * held, sum(base)) + _SPARE):
         yield
 
 

@@ -22,7 +22,7 @@ from lightning_peft.core.fields import Count, Positive, Probability
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.core.targeted import LayerMethod
-from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
+from lightning_peft.errors import NotApplicableError, TargetError
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout
 from lightning_peft.network.patterns import matches_end, pattern_value
@@ -41,13 +41,13 @@ class LowRankMethod(LayerMethod):
     """Two factors beside each chosen weight.
 
     Raises:
-        ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
+        ConfigError: a field is out of range.
     """
 
     peft: ClassVar[PeftTable | None] = LORA
 
     r: Count = 8
-    """Rank of the update, at least 1 and at most the smaller side of each layer's matrix."""
+    """Rank of the update; above the smaller side of a layer's matrix it adds parameters and nothing else."""
     alpha: Positive = 16.0
     """Numerator of the scale, greater than 0."""
     dropout: Probability = 0.0
@@ -87,15 +87,20 @@ class LowRankMethod(LayerMethod):
     def build_weight(self, host: Host, r: int, scale: float) -> Adapter:
         """Build the adapter that acts on the weight which ``host`` reads itself; there is no dropout then."""
 
-    def build(self, host: Host) -> Adapter:
+    def notes(self, hosts: Sequence[Host]) -> list[str]:
+        ranks = {host.name: pattern_value(self.rank_pattern, host.name, self.r) for host in hosts}
+        full = {host.name: min(host.layout.out_features, host.layout.in_features) for host in hosts}
+        above = [name for name, r in ranks.items() if r > full[name]]
+        if not above:
+            return []
+        return [
+            f"the rank is larger than the smaller side of {len(above)} layers, such as {ranks[above[0]]} at "
+            f"'{above[0]}', which can use {full[above[0]]}"
+        ]
+
+    def build(self, host: Host, shared: Any) -> Adapter:
         r = pattern_value(self.rank_pattern, host.name, self.r)
         alpha = pattern_value(self.alpha_pattern, host.name, self.alpha)
-        limit = min(host.layout.out_features, host.layout.in_features)
-        if r > limit:
-            raise ConfigError(
-                f"rank {r} is larger than '{host.name}' ({host.layout.out_features} x {host.layout.in_features}) "
-                f"allows; use r <= {limit} (rank_pattern), exclude_modules, or train it whole with modules_to_save."
-            )
         scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
         if not host.weight_only:
             return self.build_output(host, r, scale)

@@ -35,6 +35,8 @@ class Plan:
     placements: list[Placement]
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Layers that an automatic choice passed over: (name, reason)."""
+    notes: list[str] = field(default_factory=list)
+    """Lines for the report."""
 
 
 class Method(ABC):

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -11,8 +12,12 @@ from lightning_peft.core.fields import Layers, Patterns
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.errors import ConfigError
 from lightning_peft.network.hosts import Host
-from lightning_peft.network.parameters import BaseParameter
+from lightning_peft.network.parameters import BaseParameter, unknown_weights
 from lightning_peft.network.targets import ALL_LINEAR, select_hosts, select_parameters
+from lightning_peft.network.walk import within
+
+SHARED = "shared"
+"""The part of what a :class:`LayerMethod` makes once for all its hosts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,29 +64,50 @@ class LayerMethod(TargetedMethod):
             # Not as the default: jsonargparse hands values of one class on to the next, where it would mean something.
             object.__setattr__(self, "target_modules", ALL_LINEAR)
 
+    def shared(self, hosts: Sequence[Host]) -> Adapter | None:
+        """Make once what the adapters of all ``hosts`` use, such as a projection, as an adapter that does not act.
+
+        It is stored once in files, at the first of the hosts. An adapter keeps a
+        :class:`~lightning_peft.core.adapter.Reference` to it.
+        """
+        return None
+
     @abstractmethod
-    def build(self, host: Host) -> Adapter:
+    def build(self, host: Host, shared: Any) -> Adapter:
         """Build the adapter of one host.
 
+        Args:
+            host: the layer's weight.
+            shared: what :meth:`shared` has made.
+
         Raises:
-            ConfigError: a field has a value that this host cannot take, such as a rank above its size.
+            ConfigError: a field has a value that this host cannot take, such as a block larger than the layer.
             NotApplicableError: the method cannot work on this kind of host.
         """
+
+    def notes(self, hosts: Sequence[Host]) -> list[str]:
+        """Lines for the report, on what is allowed and perhaps not meant."""
+        return []
 
     def select(self, model: nn.Module, fully_trained: Sequence[str]) -> list[Host]:
         """Choose the hosts. Override to check fields that speak of the chosen hosts."""
         return select_hosts(model, self.target_modules or ALL_LINEAR, self.exclude_modules, self.layers, fully_trained)
 
     def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
-        placements, left_out, refusal = [], [], None
-        for host in self.select(model, fully_trained):
+        hosts, refusal = self.select(model, fully_trained), None
+        placements, left_out = [], []
+        if shared := self.shared(hosts):
+            placements.append(Placement(hosts[0].path, shared, SHARED))
+        for host in hosts:
             try:
-                placements.append(Placement(host.path, self.build(host), host.part))
+                placements.append(Placement(host.path, self.build(host, shared), host.part))
             except ConfigError as error:
                 if self.target_modules != ALL_LINEAR:  # asked for by name: not ours to drop
                     raise
                 refusal = error
                 left_out.append((host.name, str(error)))
-        if refusal and not placements:
+        if refusal and len(left_out) == len(hosts):
             raise refusal
-        return Plan(placements, left_out)
+        if self.target_modules == ALL_LINEAR:
+            left_out += [(name, reason) for name, reason in unknown_weights(model) if not within(name, fully_trained)]
+        return Plan(placements, left_out, self.notes(hosts))

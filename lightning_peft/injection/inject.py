@@ -53,6 +53,8 @@ class Injection:
     placements: tuple[Placement, ...]
     """The adapters and where they go, those of the modules that are fully trained among them."""
     left_out: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+    """Lines of the method's for the report."""
 
 
 def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
@@ -72,7 +74,7 @@ def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
     plan = method.plan(model, fully_trained)
     placements = [*plan.placements, *plan_modules_to_save(model, fully_trained)]
     _check_hosts(model, placements)
-    return Injection(name, method, tuple(fully_trained), tuple(placements), tuple(plan.left_out))
+    return Injection(name, method, tuple(fully_trained), tuple(placements), tuple(plan.left_out), tuple(plan.notes))
 
 
 def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
@@ -97,6 +99,7 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
         keys=keys_of(model, added),
         fully_trained=injection.fully_trained,
         left_out=injection.left_out,
+        notes=injection.notes,
         trains=acts,
     )
     if acts:

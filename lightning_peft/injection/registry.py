@@ -26,6 +26,8 @@ class AttachedAdapter:
     """Paths of the modules that are fully trained."""
     left_out: tuple[tuple[str, str], ...] = ()
     """Layers that an automatic choice passed over, with the reason."""
+    notes: tuple[str, ...] = ()
+    """Lines of the method's for the report."""
     trains: bool = True
     """True if it was last let train; those that were not need not be looked at when adapters are switched."""
 

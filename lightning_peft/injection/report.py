@@ -49,6 +49,8 @@ class Report:
     parts: tuple[PartRow, ...]
     left_out: tuple[tuple[str, str], ...]
     """Layers that an automatic choice passed over: (name, reason)."""
+    notes: tuple[str, ...]
+    """What else is to be known of an adapter."""
     trainable: int
     """Parameters that train."""
     total: int
@@ -73,7 +75,12 @@ class Report:
         parts.add_column("State")
         for part in self.parts:
             parts.add_row(part.path, f"{part.parameters:,}", part.state)
-        lines = [Text(f"left out: {name}: {reason}") for name, reason in self.left_out]
+        left_out = Counter((_starred(name), reason) for name, reason in self.left_out)
+        lines = [
+            Text(f"left out: {name}{f' ({count})' if count > 1 else ''}: {reason}")
+            for (name, reason), count in left_out.items()
+        ]
+        lines += [Text(note) for note in self.notes]
         total = Text(f"{self.trainable:,} of {self.total:,} parameters train ({self.share:.2%})", style="bold")
         return Group(adapters, parts, *lines, total)
 
@@ -88,7 +95,7 @@ class Report:
         count: Counter[tuple[str, str, str]] = Counter()
         trainable: Counter[tuple[str, str, str]] = Counter()
         for row in self.hosts:
-            pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", row.host) or "(the whole model)"
+            pattern = _starred(row.host) or "(the whole model)"
             key = (pattern, row.host_type, f"{row.adapter}: {row.adapter_type}" if several else row.adapter_type)
             count[key] += 1
             trainable[key] += row.trainable
@@ -96,10 +103,16 @@ class Report:
             yield key, number, trainable[key]
 
 
+def _starred(path: str) -> str:
+    """``path`` with a star for each number of a layer."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
+
+
 def report(model: nn.Module) -> Report:
     """Describe the adapters at or below ``model``."""
     hosts: list[HostRow] = []
     left_out: list[tuple[str, str]] = []
+    notes: list[str] = []
     fully_trained: set[str] = set()
     for prefix, owner, registry in registries(model):
         kinds = {path: type(owner.get_submodule(path)).__name__ for path in registry.slots}
@@ -112,6 +125,7 @@ def report(model: nn.Module) -> Report:
                 kind = "fully trained" if whole else type(attachment.method.planner_of(part)).__name__
                 trainable = sum(p.numel() for p in parameters if p.requires_grad)
                 hosts.append(HostRow(join(prefix, path), kinds[path], name, kind, trainable))
+            notes += [f"{type(attachment.method).__name__} {name!r}: {note}" for note in attachment.notes]
             left_out += [(join(prefix, path), reason) for path, reason in attachment.left_out]
             fully_trained.update(join(prefix, path) for path in attachment.fully_trained)
     parameters, packed = list(model.parameters()), packed_sizes(model)
@@ -119,6 +133,7 @@ def report(model: nn.Module) -> Report:
         hosts=tuple(hosts),
         parts=tuple(_parts(model, {row.host for row in hosts}, fully_trained, packed)),
         left_out=tuple(left_out),
+        notes=tuple(notes),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(packed.get(id(p), p.numel()) for p in parameters),
     )

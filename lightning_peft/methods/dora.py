@@ -40,13 +40,13 @@ class DoRA(LowRankMethod):
     Dropout drops features on the way to A alone; what the base's weights read is whole.
 
     Raises:
-        ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
+        ConfigError: a field is out of range.
         NotApplicableError: a layer's weight is quantized in a way that is not known: its norm cannot be had.
     """
 
     peft: ClassVar[PeftTable | None] = replace(LORA, marks={"use_dora": True})
 
-    def build(self, host: Host) -> Adapter:
+    def build(self, host: Host, shared: Any) -> Adapter:
         weight = plain_weight(host.module, host.parameter) if is_quantized(host.weight) else host.weight
         shape = host.layout.out_features, host.layout.in_features
         known = weight.is_floating_point() and weight.dtype.itemsize > 1
@@ -56,7 +56,7 @@ class DoRA(LowRankMethod):
                 f"quantized or not all there ({weight.dtype}, {list(weight.shape)} for a matrix of {list(shape)}). "
                 "Use LoRA, or exclude it (exclude_modules)."
             )
-        return super().build(host)
+        return super().build(host, shared)
 
     def build_output(self, host: Host, r: int, scale: float) -> Adapter:
         return DoRAOutput(host, r, scale, self.dropout)

@@ -28,7 +28,7 @@ class LoRA(LowRankMethod):
     """Low-rank adaptation of linear, convolution, embedding and attention layers.
 
     Raises:
-        ConfigError: a field is out of range, or a rank is larger than a layer chosen by name.
+        ConfigError: a field is out of range.
     """
 
     gating: bool = False

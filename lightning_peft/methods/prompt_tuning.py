@@ -15,6 +15,7 @@ from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.fields import Count, Patterns
 from lightning_peft.core.method import Method, Plan
 from lightning_peft.core.peft_table import PeftTable
+from lightning_peft.core.starting import starts
 from lightning_peft.errors import ConfigError
 from lightning_peft.prompting.prompts import plan_prompts
 
@@ -66,6 +67,8 @@ class PromptTuning(Method):
     def _start(self, embedding: nn.Embedding) -> Tensor:
         """The prompt at the start: (P, d)."""
         tokens, size = embedding.num_embeddings, self.num_virtual_tokens
+        if not starts():  # the tokenizer need not be there any more
+            return torch.zeros_like(embedding.weight[:1], dtype=adapter_dtype(embedding.weight)).repeat(size, 1)
         if self.init == "text":
             ids = torch.tensor(self._text_ids(tokens), device=embedding.weight.device)
         else:

@@ -21,6 +21,7 @@ from lightning_peft.components.tuned import trainable_copy
 from lightning_peft.core.adapter import adapter_dtype
 from lightning_peft.core.fields import Count, Must, Patterns
 from lightning_peft.core.method import Placement, Plan
+from lightning_peft.core.starting import starts
 from lightning_peft.core.targeted import TargetedMethod
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError, did_you_mean
 from lightning_peft.network.parameters import KINDS, BaseParameter, count, find_parameters, outside
@@ -143,7 +144,9 @@ class SelectiveTuning(TargetedMethod):
                 adapter: TunedEntries = ScoredEntries(p, k, self.score_batches)
             else:
                 if id(p.tensor) not in picked:
-                    index = _largest(p.tensor.detach().abs(), k)
+                    index = (
+                        _largest(p.tensor.detach().abs(), k) if starts() else torch.arange(k, device=p.tensor.device)
+                    )
                     picked[id(p.tensor)] = trainable_copy(entries(p.tensor, index), p.full_name), index
                 adapter = TunedEntries(p.name, *picked[id(p.tensor)])
             placements.append(Placement(p.path, adapter, p.name.replace(".", "_")))

@@ -30,6 +30,10 @@ class Layout:
         """Apply ``b`` (out, r) to what :meth:`down` made: (..., r) -> (..., out)."""
         return F.linear(h, b)
 
+    def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """Apply ``matrix`` (out, in) to the layer's input, as the layer applies its weight: (..., in) -> (..., out)."""
+        return F.linear(x, matrix)
+
     def channels(self, vector: Tensor) -> Tensor:
         """Give ``vector`` (out,) the shape in which it multiplies the channels of the layer's output (or input)."""
         return vector
@@ -52,9 +56,19 @@ class EmbeddingLayout(TransposedLayout):
 
     padding_idx: int | None = None
     scale_grad_by_freq: bool = False
+    scale: float = 1.0
+    """What the layer multiplies with what it has looked up (Gemma, BART)."""
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return F.embedding(x, a.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
+        y = F.linear(h, b)
+        return y if self.scale == 1 else y * self.scale
+
+    def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        y = self.down(x, matrix)
+        return y if self.scale == 1 else y * self.scale
 
 
 @dataclass(frozen=True)
@@ -76,19 +90,26 @@ class ConvLayout(Layout):
         return matrix.reshape(matrix.shape[0], -1, *self.kernel)
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = F.pad(x, self.border, mode=self.padding_mode), 0  # type: ignore[assignment]
         kernel = self.native(a)
         if self.groups > 1:
             kernel = kernel.repeat(self.groups, *[1] * (kernel.dim() - 1))  # (groups · r, in / groups, *k)
-        return self._convolve(x, kernel, None, self.stride, padding, self.dilation, self.groups)
+        return self._own(x, kernel)
+
+    def apply(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return self._own(x, self.native(matrix))
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         return self._convolve(h, b.reshape(*b.shape, *[1] * len(self.kernel)), groups=self.groups)
 
     def channels(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *[1] * len(self.kernel))
+
+    def _own(self, x: Tensor, kernel: Tensor) -> Tensor:
+        """Convolve as the layer does, with another kernel."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self.border, mode=self.padding_mode), 0  # type: ignore[assignment]
+        return self._convolve(x, kernel, None, self.stride, padding, self.dilation, self.groups)
 
     def _convolve(self, *args: Any, **kwargs: Any) -> Tensor:
         convolve: Any = (F.conv1d, F.conv2d, F.conv3d)[len(self.kernel) - 1]

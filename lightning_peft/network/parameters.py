@@ -113,6 +113,23 @@ def check_trainable(tensor: Tensor, name: str) -> None:
         )
 
 
+def unknown_weights(model: nn.Module) -> list[tuple[str, str]]:
+    """Weights that multiply features and are no host's, as (name, reason): of experts, recurrent and bilinear layers.
+
+    They are known by their names, or by a matrix for each of several experts; tables of positions have neither.
+    """
+    known = {id(host.module._parameters.get(host.parameter)) for host in find_hosts(model)}
+    return [
+        (p.full_name, f"no host: {type(p.module).__name__} holds it as {tuple(p.tensor.shape)}")
+        for p in find_parameters(model)
+        if p.kinds == {"weight"} and id(p.tensor) not in known and p.part is None and _multiplies(p)
+    ]
+
+
+def _multiplies(p: BaseParameter) -> bool:
+    return leaf(p.name).startswith("weight") or (p.tensor.dim() == 3 and p.tensor.shape[0] > 1)
+
+
 def count(parameters: Iterable[BaseParameter]) -> int:
     """How many numbers they hold; tied ones count once."""
     sizes = {(id(p.tensor), p.part): p.part[1] - p.part[0] if p.part else p.tensor.numel() for p in parameters}

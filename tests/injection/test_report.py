@@ -1,12 +1,11 @@
 """What was injected, what trains and what is frozen."""
 
-import pytest
 import tiny_models
 import torch
+import transformers as hf
 from torch import nn
 
 from lightning_peft import LoRA, activate, inject, report
-from lightning_peft.errors import ConfigError
 from lightning_peft.injection.report import HostRow, PartRow
 
 
@@ -109,28 +108,34 @@ def test_a_model_that_is_itself_the_host_is_called_so() -> None:
     assert "(the whole model)" in str(inject(nn.Linear(4, 4), LoRA(r=2, target_modules=".*")))
 
 
-def test_a_layer_too_small_for_the_rank_is_left_out_and_reported() -> None:
+def test_a_rank_above_a_layers_smaller_side_is_a_line_of_the_report() -> None:
     net = nn.ModuleDict({"body": nn.Linear(16, 16), "value": nn.Linear(16, 1)})
     found = inject(net, LoRA(r=8))
-    assert [row.host for row in found.hosts] == ["body"]
-    ((name, reason),) = found.left_out
-    assert name == "value"
-    assert "rank 8 is larger than 'value' (1 x 16)" in reason
-    assert "left out: value: rank 8 is larger than" in str(found)
+    assert [row.host for row in found.hosts] == ["body", "value"]
+    (line,) = found.notes
+    assert line.startswith("LoRA 'default': the rank is larger than the smaller side of 1 layers, such as 8 at 'value'")
+    assert "which can use 1" in " ".join(str(found).split())
     assert report(net) == found
 
 
-def test_if_no_layer_fits_it_is_an_error() -> None:
-    net = nn.ModuleDict({"body": nn.Linear(4, 4), "value": nn.Linear(4, 1)})
-    with pytest.raises(ConfigError, match=r"rank 8 is larger than '(body|value)'.*use r <= "):
-        inject(net, LoRA(r=8))
-    assert all(p.requires_grad for p in net.parameters())
-
-
-def test_a_layer_chosen_by_name_is_never_left_out() -> None:
-    net = nn.ModuleDict({"body": nn.Linear(16, 16), "value": nn.Linear(16, 1)})
-    with pytest.raises(ConfigError, match="rank 8 is larger than 'value'"):
-        inject(net, LoRA(r=8, target_modules=["body", "value"]))
+def test_weights_that_no_host_has_are_left_out_and_reported() -> None:
+    config = hf.MixtralConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    found = inject(hf.MixtralForCausalLM(config), LoRA(r=2))
+    experts = [name for name, _ in found.left_out if "experts" in name]
+    assert len(experts) == 4  # two weights a layer
+    assert "left out: model.layers.*.mlp.experts.gate_up_proj (2): no host: MixtralExperts" in " ".join(
+        str(found).split()
+    )
+    net = nn.ModuleDict({"body": nn.Linear(4, 4), "rnn": nn.LSTM(4, 4), "pair": nn.Bilinear(2, 3, 4)})
+    assert [name for name, _ in inject(net, LoRA(r=2)).left_out] == [
+        "rnn.weight_ih_l0",
+        "rnn.weight_hh_l0",
+        "pair.weight",
+    ]
+    assert inject(tiny_models.vit(), LoRA(r=2)).left_out == ()  # tables of positions multiply nothing
 
 
 def test_a_report_of_the_meta_device_counts_as_well() -> None:

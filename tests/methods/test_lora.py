@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from perturbation import perturb
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import LoRA, inject
+from lightning_peft import DoRA, LoRA, inject, merge
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
 
 R, ALPHA = 3, 5.0
@@ -238,9 +239,14 @@ def test_a_pattern_that_matches_no_adapted_layer_is_an_error(field: str) -> None
         inject(model, LoRA(target_modules=["q_proj"], **{field: {"q_proj": 2, "k_proj": 2}}))
 
 
-def test_a_rank_above_a_layers_smaller_side_is_an_error_with_the_sizes() -> None:
-    with pytest.raises(ConfigError, match=r"rank 9 is larger than 'fc' \(20 x 8\) allows; use r <= 8 \(rank_pattern\)"):
-        inject(nn.ModuleDict({"fc": nn.Linear(8, 20)}), LoRA(r=9, target_modules=["fc"]))
+def test_a_rank_above_a_layers_smaller_side_is_what_was_asked_for() -> None:
+    net = nn.ModuleDict({"fc": nn.Linear(8, 20)})
+    assert inject(net, LoRA(r=9, target_modules=["fc"])).trainable == 9 * 28
+    x = torch.randn(3, 8)
+    perturb(net)
+    expected = net["fc"](x)
+    merge(net)
+    torch.testing.assert_close(net["fc"](x), expected)
 
 
 def test_a_rank_of_the_smaller_side_is_allowed() -> None:
@@ -289,3 +295,27 @@ def test_a_field_out_of_range_is_an_error_that_shows_it(fields: dict[str, Any], 
 def test_the_limits_themselves_are_allowed() -> None:
     LoRA(r=1, alpha=1e-9, dropout=0, rank_pattern={"q": 1}, alpha_pattern={"q": 1})
     LoRA(dropout=0.999, alpha=1)
+
+
+@pytest.mark.parametrize("method", [LoRA, DoRA])
+def test_an_embedding_that_scales_what_it_looks_up_scales_the_update(method: type[LoRA]) -> None:
+    model = tiny_models.gemma3().eval()
+    ids = torch.arange(3, 9)[None]
+    inject(model, method(r=2, target_modules=["embed_tokens"]))
+    perturb(model)
+    expected = model(ids).logits
+    merge(model, untie=True)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_table_that_does_something_else_is_adapted_in_its_weight() -> None:
+    class Shifted(nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids + 1) + 1
+
+    net = nn.ModuleDict({"table": Shifted(8, 4)})
+    inject(net, LoRA(r=2, target_modules=["table"]))
+    perturb(net)
+    expected = net["table"](torch.arange(7))
+    merge(net)
+    torch.testing.assert_close(net["table"](torch.arange(7)), expected)

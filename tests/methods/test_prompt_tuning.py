@@ -1,6 +1,8 @@
 """Prompt tuning: where a prompt starts, what trains, and what is refused."""
 
+import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import transformers as hf
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
-from lightning_peft import PromptTuning, inject
+from lightning_peft import PromptTuning, inject, load_adapter, save_adapter
 from lightning_peft.checkpoints.ckpt import adapter_state
 from lightning_peft.errors import ConfigError, NotApplicableError
 
@@ -194,3 +196,15 @@ def test_a_model_without_tokens_is_refused() -> None:
     for model in (tiny_models.vit(), nn.Linear(2, 2)):
         with pytest.raises(NotApplicableError, match="PromptTuning puts virtual tokens before a text"):
             _prompt(model)
+
+
+def test_a_prompt_that_began_as_a_text_is_loaded_without_its_tokenizer(tiny_text_model: Path, tmp_path: Path) -> None:
+    tokenizer = shutil.copytree(tiny_text_model, tmp_path / "tokenizer")
+    base = tiny_models.bert()
+    model = copy.deepcopy(base)
+    fields = {"init": "text", "init_text": "film", "tokenizer": str(tokenizer)}
+    inject(model, PromptTuning(num_virtual_tokens=3, **fields))
+    save_adapter(model, tmp_path / "adapter")
+    shutil.rmtree(tokenizer)
+    load_adapter(base, tmp_path / "adapter")
+    assert_identical(base.eval()(IDS).logits, model.eval()(IDS).logits)

@@ -1,0 +1,26 @@
+"""Adapters that start with values of their own, and those that wait for the values of a file.
+
+What a method does to start (draw, look up, decompose a weight, ask a tokenizer) is for nothing where a file's values
+come. A method whose start is costly, or wants something that need not be there any more, asks :func:`starts`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_STARTS: ContextVar[bool] = ContextVar("lightning_peft_starts", default=True)
+
+
+def starts() -> bool:
+    """True if the adapters that are planned now start with values of their own; of others only shapes matter."""
+    return _STARTS.get()
+
+
+@contextmanager
+def for_a_file() -> Iterator[None]:
+    """Within the ``with`` block, adapters are planned for values of a file."""
+    token = _STARTS.set(False)
+    try:
+        yield
+    finally:
+        _STARTS.reset(token)
