@@ -2,42 +2,47 @@ r"""What methods share whose adapter is a product of two factors beside a frozen
 
 .. math:: s B A, \qquad A \in R^{r \times in}, B \in R^{out \times r}, \qquad s = \alpha / r
 
-with :math:`\alpha / \sqrt r` for rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732). Here are the fields, the choice of
-rank and scale for each layer, the factors, and the peft package's form of them; what is computed with the factors is
-each method's own.
+with :math:`\alpha / \sqrt r` for rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732). Here are the fields and
+the factors; what is computed with the factors is each method's own.
 """
 
 import math
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.components.ranked import RankedMethod
 from lightning_peft.core.adapter import Adapter, OutputAdapter, adapter_dtype
-from lightning_peft.core.fields import Count, Positive, Probability
+from lightning_peft.core.fields import Probability
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.recipes import LowRank, Recipe
-from lightning_peft.core.targeted import LayerMethod
-from lightning_peft.errors import NotApplicableError, TargetError
+from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout
-from lightning_peft.network.patterns import matches_end, pattern_value
 
 LORA = PeftTable(
     type="LORA",
     fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "use_rslora": "use_rslora"},
     rank=("lora_A.weight", "lora_embedding_A"),
     # What only says how the factors started; those that change the base when they start do not stand here.
-    harmless=("loftq_config", "eva_config", "megatron_core", "qalora_group_size", "runtime_config"),
+    harmless=(
+        "bias",
+        "init_lora_weights",
+        "loftq_config",
+        "eva_config",
+        "megatron_core",
+        "qalora_group_size",
+        "runtime_config",
+    ),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRankMethod(LayerMethod):
+class LowRankMethod(RankedMethod):
     """Two factors beside each chosen weight.
 
     Raises:
@@ -46,38 +51,13 @@ class LowRankMethod(LayerMethod):
 
     peft: ClassVar[PeftTable | None] = LORA
 
-    r: Count = 8
-    """Rank of the update; above the smaller side of a layer's matrix it adds parameters and nothing else."""
-    alpha: Positive = 16.0
-    """Numerator of the scale, greater than 0."""
     dropout: Probability = 0.0
     """Probability of dropping an input feature of A, 0 to 1 (exclusive). Embeddings, fed with indices, are exempt."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
-    rank_pattern: dict[str, Count] = field(default_factory=dict)
-    """Ranks of layers whose name ends in the key (a suffix or a regular expression)."""
-    alpha_pattern: dict[str, Positive] = field(default_factory=dict)
-    """Alphas of layers whose name ends in the key (a suffix or a regular expression)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, name):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise self.invalid(name, f"keyed by suffixes or regular expressions ({error})") from error
-
-    def select(self, model: nn.Module, fully_trained: Sequence[str]) -> list[Host]:
-        hosts = super().select(model, fully_trained)
-        for name in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, name):
-                if not any(matches_end(pattern, host.name) for host in hosts):
-                    raise TargetError(
-                        f"{type(self).__name__}.{name}: {pattern!r} matches none of the {len(hosts)} adapted layers, "
-                        f"such as '{hosts[0].name}'."
-                    )
-        return hosts
+    def scaled(self, alpha: float, r: int) -> float:
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     @abstractmethod
     def build_output(self, host: Host, r: int, scale: float) -> Adapter:
@@ -87,21 +67,8 @@ class LowRankMethod(LayerMethod):
     def build_weight(self, host: Host, r: int, scale: float) -> Adapter:
         """Build the adapter that acts on the weight which ``host`` reads itself; there is no dropout then."""
 
-    def notes(self, hosts: Sequence[Host]) -> list[str]:
-        ranks = {host.name: pattern_value(self.rank_pattern, host.name, self.r) for host in hosts}
-        full = {host.name: min(host.layout.out_features, host.layout.in_features) for host in hosts}
-        above = [name for name, r in ranks.items() if r > full[name]]
-        if not above:
-            return []
-        return [
-            f"the rank is larger than the smaller side of {len(above)} layers, such as {ranks[above[0]]} at "
-            f"'{above[0]}', which can use {full[above[0]]}"
-        ]
-
     def build(self, host: Host, shared: Any) -> Adapter:
-        r = pattern_value(self.rank_pattern, host.name, self.r)
-        alpha = pattern_value(self.alpha_pattern, host.name, self.alpha)
-        scale = alpha / math.sqrt(r) if self.use_rslora else alpha / r
+        r, scale = self.rank_of(host), self.scale_of(host)
         if not host.weight_only:
             return self.build_output(host, r, scale)
         if self.dropout:

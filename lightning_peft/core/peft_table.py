@@ -8,6 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_peft.network.layouts import Layout
+
+Layouts = tuple[type[Layout], ...]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PeftTable:
@@ -22,6 +26,8 @@ class PeftTable:
     """Our fields, and what peft calls them."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Parameters and buffers of an adapter, and their keys below the layer in peft's files."""
+    layouts: Layouts = (Layout,)
+    """What peft adapts: linear layers, and perhaps transposed ones, convolutions and embeddings."""
     rank: tuple[str, ...] = ()
     """Keys whose first dimension is the layer's rank, where layers may have ranks and alphas of their own."""
     harmless: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from lightning_peft.checkpoints.peft.state import PeftFile, PeftState, exact_nam
 from lightning_peft.checkpoints.tensors import TensorView
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.peft_table import PeftTable
+from lightning_peft.network.layouts import ConvLayout
 
 _F = TypeVar("_F", bound="type[PeftFormat]")
 
@@ -52,6 +53,10 @@ class PeftFormat:
         """The tensors of one adapter by peft's keys below the layer; None where peft would compute something else."""
         named = adapter.peft_tensors()
         if named is None:
+            layout = adapter.layout
+            own_padding = isinstance(layout, ConvLayout) and layout.padding_mode != "zeros"  # which peft forgets
+            if type(layout) not in self.table.layouts or own_padding:
+                return None
             named = {key: getattr(adapter, own) for own, key in self.table.tensors.items()}
         return {key: TensorView((tensor.detach(),)) for key, tensor in named.items()}
 

@@ -1,6 +1,5 @@
-"""Low-rank methods: layers have ranks and alphas of their own, by patterns in the config."""
+"""Methods with ranks: layers have ranks and alphas of their own, by patterns in the config."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,18 +8,19 @@ from torch import Tensor
 from lightning_peft.checkpoints.peft.formats import PeftFormat, formats
 from lightning_peft.checkpoints.peft.state import CONFIG, PeftFile, exact_names, exceptions
 from lightning_peft.components.low_rank import LowRankMethod
+from lightning_peft.components.ranked import RankedMethod
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.errors import CheckpointError
 from lightning_peft.network.layouts import TransposedLayout
 from lightning_peft.network.patterns import pattern_value
 
-_READ = ("rank_pattern", "alpha_pattern", "bias", "init_lora_weights")
+_READ = ("rank_pattern", "alpha_pattern")
 _INITS: tuple[Any, ...] = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-@formats(LowRankMethod)
-class LowRankFormat(PeftFormat):
+@formats(RankedMethod)
+class RankedFormat(PeftFormat):
     """Ranks are those of the tensors; an alpha is one of those that the method or the config has."""
 
     def config(self, method: Any, placements: Sequence[Placement]) -> dict[str, Any]:
@@ -29,29 +29,22 @@ class LowRankFormat(PeftFormat):
         for placement in placements:
             adapter: Any = placement.adapter
             ranks[placement.path] = r = adapter.rank
-            divisor = math.sqrt(r) if method.use_rslora else r
             # One of the fields, as it was written: what the scale was computed from cannot be had back exactly.
             known = {method.alpha, *method.alpha_pattern.values()}
-            alphas[placement.path] = min(known, key=lambda alpha: abs(alpha / divisor - adapter.scale))
+            alphas[placement.path] = min(known, key=lambda alpha: abs(method.scaled(alpha, r) - adapter.scale))
         (r, rank_pattern), (alpha, alpha_pattern) = exceptions(ranks), exceptions(alphas)
-        layouts = [getattr(placement.adapter, "layout", None) for placement in placements]
         return {
             **super().config(method, placements),
             self.table.fields["r"]: r,
             self.table.fields["alpha"]: int(alpha) if alpha == int(alpha) else alpha,
             "rank_pattern": rank_pattern,
             "alpha_pattern": alpha_pattern,
-            "bias": "none",
-            "fan_in_fan_out": any(type(layout) is TransposedLayout for layout in layouts),
         }
 
     def from_peft(self, file: PeftFile) -> tuple[Method, Mapping[str, Tensor]]:
         table: PeftTable = self.table
         method: Any = self.method
         file.check_fields(*table.fields.values(), *_READ, *table.marks, *table.harmless)
-        for name, good in (("bias", ("none", None)), ("init_lora_weights", _INITS)):
-            if name not in table.marks and file.config.get(name) not in good:
-                raise file.unsupported(name)
         r, alpha = file.whole(table.fields["r"], 8), file.number(table.fields["alpha"], 8)
         rank_pattern, alpha_pattern = file.patterns("rank_pattern"), file.patterns("alpha_pattern")
         ranks = {path: tensor.shape[0] for path, tensor in file.hosts(*table.rank).items()}
@@ -67,6 +60,22 @@ class LowRankFormat(PeftFormat):
         values = {**self.fields(file), "r": r, "alpha": alpha, **patterns}
         names = exact_names(ranks, file.model)
         return method(**values, target_modules=names, modules_to_save=None), file.tensors
+
+
+@formats(LowRankMethod)
+class LowRankFormat(RankedFormat):
+    """LoRA and what peft has as a kind of it."""
+
+    def config(self, method: Any, placements: Sequence[Placement]) -> dict[str, Any]:
+        layouts = [getattr(placement.adapter, "layout", None) for placement in placements]
+        transposed = any(type(layout) is TransposedLayout for layout in layouts)
+        return {**super().config(method, placements), "bias": "none", "fan_in_fan_out": transposed}
+
+    def from_peft(self, file: PeftFile) -> tuple[Method, Mapping[str, Tensor]]:
+        for name, good in (("bias", ("none", None)), ("init_lora_weights", _INITS)):
+            if name not in self.table.marks and file.config.get(name) not in good:
+                raise file.unsupported(name)
+        return super().from_peft(file)
 
     def fields(self, file: PeftFile) -> dict[str, Any]:
         return {
