@@ -17,6 +17,7 @@ from lightning_peft.network.walk import base_modules
 PROMPT = "prompt_embeddings"
 """The key, without any prefix, of everything that peft calls prompt learning."""
 CONFIG = "adapter_config.json"
+PEFT_VERSION = "0.21.0"  # the release that files are written for: some types mean something else before it
 T = TypeVar("T")
 
 # Fields of every config that say nothing about what the adapter computes, or that the translation itself reads.

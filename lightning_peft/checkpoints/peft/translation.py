@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.checkpoints.peft.formats import PeftFormat, format_of
-from lightning_peft.checkpoints.peft.state import CONFIG, PROMPT, PeftFile, PeftState, listed
+from lightning_peft.checkpoints.peft.state import CONFIG, PEFT_VERSION, PROMPT, PeftFile, PeftState, listed
 from lightning_peft.checkpoints.tensors import TensorView, check_tensors
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement, registered_methods
@@ -79,6 +79,7 @@ def to_files(
         **form.config,
         "task_type": task,
         "inference_mode": True,
+        "peft_version": PEFT_VERSION,
         "modules_to_save": names or None,
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
     }
