@@ -22,15 +22,15 @@ from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.hosts import Host
-from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout
+from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
 
 LORA = PeftTable(
     type="LORA",
     fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "use_rslora": "use_rslora"},
+    layouts=(Layout, TransposedLayout, ConvLayout, EmbeddingLayout),
     rank=("lora_A.weight", "lora_embedding_A"),
     # What only says how the factors started; those that change the base when they start do not stand here.
     harmless=(
-        "bias",
         "init_lora_weights",
         "loftq_config",
         "eva_config",

@@ -26,6 +26,8 @@ class PeftTable:
     """Our fields, and what peft calls them."""
     tensors: Mapping[str, str] = field(default_factory=dict)
     """Parameters and buffers of an adapter, and their keys below the layer in peft's files."""
+    shared: Mapping[str, str] = field(default_factory=dict)
+    """The same of what a :class:`~lightning_peft.core.targeted.LayerMethod` shares, which peft keeps on its wrapper."""
     layouts: Layouts = (Layout,)
     """What peft adapts: linear layers, and perhaps transposed ones, convolutions and embeddings."""
     rank: tuple[str, ...] = ()

@@ -42,7 +42,7 @@ class OFT(LayerMethod):
         },
         tensors={"oft_R": "oft_R.weight"},
         layouts=(Layout, TransposedLayout),
-        harmless=("module_dropout", "eps", "init_weights", "bias"),  # they act in training, and before it
+        harmless=("module_dropout", "eps", "init_weights"),  # they act in training, and before it
     )
 
     block_size: Count = 32

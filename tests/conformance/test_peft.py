@@ -29,6 +29,8 @@ pytestmark = [
     # peft asks transformers a question by its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning"),
+    # It warns of what it is told to do.
+    pytest.mark.filterwarnings("ignore:Specified to not save vera_A and vera_B:UserWarning"),
     # What it says of every norm.
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
 ]

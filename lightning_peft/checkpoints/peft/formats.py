@@ -9,7 +9,8 @@ from lightning_peft.checkpoints.peft.state import PeftFile, PeftState, exact_nam
 from lightning_peft.checkpoints.tensors import TensorView
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.peft_table import PeftTable
-from lightning_peft.network.layouts import ConvLayout
+from lightning_peft.core.targeted import SHARED
+from lightning_peft.network.layouts import ConvLayout, TransposedLayout
 
 _F = TypeVar("_F", bound="type[PeftFormat]")
 
@@ -35,6 +36,15 @@ class PeftFormat:
             None where peft could not compute the same.
         """
         tensors: dict[str, TensorView] = {}
+        shared = [placement for placement in placements if placement.part == SHARED]
+        placements = [placement for placement in placements if placement.part != SHARED]
+        for placement in shared:
+            held = placement.adapter.state_dict(keep_vars=True)
+            tensors |= {
+                f":{key}": TensorView((held[own],), trained=False)
+                for own, key in self.table.shared.items()
+                if own in held
+            }
         for placement in placements:
             named = self.tensors_of(placement.adapter)
             if placement.part or not named:  # peft adapts layers whose weight is called "weight", and no others
@@ -45,6 +55,7 @@ class PeftFormat:
             "peft_type": self.table.type,
             **self.config(method, placements),
             "target_modules": exact_targets(paths, model),
+            **self._orientation(placements),
             **self.table.marks,
         }
         return PeftState(config=config, tensors=tensors)
@@ -59,6 +70,12 @@ class PeftFormat:
                 return None
             named = {key: getattr(adapter, own) for own, key in self.table.tensors.items()}
         return {key: TensorView((tensor.detach(),)) for key, tensor in named.items()}
+
+    def _orientation(self, placements: Sequence[Placement]) -> dict[str, bool]:
+        if TransposedLayout not in self.table.layouts:
+            return {}
+        layouts = [type(getattr(placement.adapter, "layout", None)) for placement in placements]
+        return {"fan_in_fan_out": TransposedLayout in layouts}
 
     def config(self, method: Any, placements: Sequence[Placement]) -> dict[str, Any]:
         """The fields of peft's config that say what the adapters compute."""

@@ -12,7 +12,6 @@ from lightning_peft.components.ranked import RankedMethod
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.errors import CheckpointError
-from lightning_peft.network.layouts import TransposedLayout
 from lightning_peft.network.patterns import pattern_value
 
 _READ = ("rank_pattern", "alpha_pattern")
@@ -67,9 +66,7 @@ class LowRankFormat(RankedFormat):
     """LoRA and what peft has as a kind of it."""
 
     def config(self, method: Any, placements: Sequence[Placement]) -> dict[str, Any]:
-        layouts = [getattr(placement.adapter, "layout", None) for placement in placements]
-        transposed = any(type(layout) is TransposedLayout for layout in layouts)
-        return {**super().config(method, placements), "bias": "none", "fan_in_fan_out": transposed}
+        return {**super().config(method, placements), "bias": "none"}
 
     def from_peft(self, file: PeftFile) -> tuple[Method, Mapping[str, Tensor]]:
         for name, good in (("bias", ("none", None)), ("init_lora_weights", _INITS)):

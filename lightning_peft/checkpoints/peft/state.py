@@ -34,7 +34,8 @@ class PeftState:
     config: dict[str, Any]
     """``peft_type`` and the fields of that type; what every type has is added when the file is written."""
     tensors: dict[str, TensorView]
-    """By path in the network and peft's own name, such as ``encoder.0.query.lora_A.weight``."""
+    """By path in the network and peft's own name, such as ``encoder.0.query.lora_A.weight``; names of what peft keeps on
+    its wrapper begin with a colon."""
     exact: bool = True
     """True if training can go on from these tensors; if not, they are computed, and never filled."""
 
@@ -61,7 +62,12 @@ class PeftFile:
             CheckpointError: names the field.
         """
         for name, value in self.config.items():
-            if name not in _NEUTRAL and name not in known and value not in (None, False, "", 0) and value not in _EMPTY:
+            if (
+                name not in _NEUTRAL
+                and name not in known
+                and value not in (None, False, "", 0, "none")
+                and value not in _EMPTY
+            ):
                 raise self.unsupported(name)
 
     def unsupported(self, name: str) -> CheckpointError:

@@ -25,6 +25,7 @@ _TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
+_WRAPPER = "base_model."
 # Modules that peft trains whole for a task, without being told.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -66,7 +67,7 @@ def to_files(
         model: the network that peft would wrap.
     """
     prefix, prompt = _prefix(form.tensors), PROMPT in form.tensors
-    tensors = {key if key == PROMPT else prefix + key: tensor.value() for key, tensor in form.tensors.items()}
+    tensors = {_key(key, prefix): tensor.value() for key, tensor in form.tensors.items()}
     task, names = _task(model, prompt), sorted(fully_trained)
     beside = _beside(fully_trained, (*names, *_HEADS.get(task or "", ())), model)
     if any(within(key, beside) for key in form.tensors):  # peft would train whole what carries an adapter
@@ -137,9 +138,19 @@ def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         AdapterKeyError: a key is none of peft's.
     """
     prefix = _prefix(tensors)
-    if foreign := sorted(key for key in tensors if key != PROMPT and not key.startswith(prefix)):
+    if foreign := sorted(key for key in tensors if key != PROMPT and not key.startswith((prefix, _WRAPPER))):
         raise AdapterKeyError(f"'{foreign[0]}' is no key of peft's: it does not begin with '{prefix}'.")
-    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    return {_stripped(key, prefix): tensor for key, tensor in tensors.items()}
+
+
+def _key(key: str, prefix: str) -> str:
+    """What peft calls the tensor with this key of a :class:`PeftState`."""
+    return key if key == PROMPT else _WRAPPER + key[1:] if key.startswith(":") else prefix + key
+
+
+def _stripped(key: str, prefix: str) -> str:
+    """The other way round."""
+    return key.removeprefix(prefix) if key == PROMPT or key.startswith(prefix) else f":{key.removeprefix(_WRAPPER)}"
 
 
 def fill(form: PeftState, tensors: Mapping[str, Tensor], model: nn.Module, exact: bool = True) -> None:
@@ -222,7 +233,7 @@ def _layer(path: str, containers: Sequence[str]) -> int | None:
 
 def _prefix(keys: Iterable[str]) -> str:
     """What peft puts before the path of a module: it wraps a model once for a prompt, else twice."""
-    return "base_model." if PROMPT in keys else "base_model.model."
+    return _WRAPPER if PROMPT in keys else f"{_WRAPPER}model."
 
 
 def _task(model: Any, prompt: bool) -> str | None:
