@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning"),
     # It warns of what it is told to do.
-    pytest.mark.filterwarnings("ignore:Specified to not save vera_A and vera_B:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A and vera_B:UserWarning"),
     # What it says of every norm.
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
 ]

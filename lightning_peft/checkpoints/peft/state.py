@@ -34,8 +34,8 @@ class PeftState:
     config: dict[str, Any]
     """``peft_type`` and the fields of that type; what every type has is added when the file is written."""
     tensors: dict[str, TensorView]
-    """By path in the network and peft's own name, such as ``encoder.0.query.lora_A.weight``; names of what peft keeps on
-    its wrapper begin with a colon."""
+    """By path in the network and peft's own name, such as ``encoder.0.query.lora_A.weight``; of what peft keeps on its
+    wrapper the names begin with a colon."""
     exact: bool = True
     """True if training can go on from these tensors; if not, they are computed, and never filled."""
 
