@@ -6,7 +6,7 @@ PIP := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A worker a core, and one thread each: the tests' tensors are too small to share.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test slow soak lint lock compat compat-lowest compat-newest bench matrix clean
+.PHONY: demo test contract slow soak lint lock compat compat-lowest compat-newest bench matrix clean
 
 demo: .venv/.demo
 	$(BIN)/python examples/assets.py
@@ -16,6 +16,10 @@ demo: .venv/.demo
 
 test: .venv/.test
 	$(PYTEST) -m "not slow and not soak"
+
+# All that a method must hold, for the methods of one file: make contract METHOD=examples/first_method.py
+contract: .venv/.test
+	METHOD=$(abspath $(METHOD)) $(PYTEST) tests/conformance -k "not matrix and not families and not test_peft"
 
 # Real models and long runs, and a fixed tenth of what `make soak` has.
 slow: .venv/.test

@@ -2,6 +2,19 @@
 
 An adapter is a child of its host module and acts through the host's forward hooks (see
 :mod:`lightning_peft.injection.slots`), so the base keeps its class, its parameter names and its values.
+
+What an adapter is besides, it says by flags; few need one:
+
+===================== ================================================================================================
+set                   if
+===================== ================================================================================================
+additive              it adds something to the output that the other adapters of its host do not change
+uses_base_weight      it computes with its host's weight, so that no other adapter may be merged into that before it
+nesting               it has to act nearer to the host than other adapters (above 0), or farther (below 0)
+needs_whole_sequences what it does to a token depends on where its row of the batch begins or ends
+in_place              it has a forward_, and the host's output is its own (Host.owns_output)
+saves_output          the backward of its forward_ reads the output
+===================== ================================================================================================
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -49,6 +49,9 @@ class Method(ABC):
     peft: ClassVar[PeftTable | None] = None
     """How the peft package has this method; None where it has none."""
 
+    cannot_hold: ClassVar[Mapping[str, str]] = {}
+    """Items of the contract that this method cannot hold, by the names of their tests (tests/conformance), and why."""
+
     def __post_init__(self) -> None:
         """Check the fields. A method that checks more calls this first."""
         self.check_fields()

@@ -1,9 +1,10 @@
 r"""OFT: orthogonal fine-tuning by blocks. Qiu et al., 2023, arXiv:2306.07280; on the input: arXiv:2506.19847 (OFTv2).
 
-.. math:: y = W R x, \qquad R = \mathrm{diag}(R_1, \ldots), \qquad R_i = (I - Q_i)(I + Q_i)^{-1}, \qquad Q_i = -Q_i^T
+.. math:: y = W R x, \qquad R = \mathrm{diag}(R_1, \ldots), \qquad R_i = (I + Q_i)(I - Q_i)^{-1}, \qquad Q_i = -Q_i^T
 
 What trains are the entries of each :math:`Q_i` (b × b) above its diagonal, which start at zero: training starts from
-the base model, and the angles between the rows of W are kept. By default the inverse is a short series, as in OFTv2.
+the base model, and the angles between the rows of W are kept. By default the inverse is a short series, as in OFTv2;
+solved for, R is the transpose, as in the peft package.
 """
 
 from collections.abc import Mapping

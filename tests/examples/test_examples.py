@@ -46,6 +46,13 @@ def test_the_existing_project_adapts_resumes_loads_and_merges():
     assert "a plain BarClassifier" in shown
 
 
+def test_the_first_method_trains_and_merges():
+    shown = python("examples/first_method.py")
+    first, _, last = (float(loss) for loss in re.findall(r"loss (\d\.\d+)", shown))
+    assert last < first - 0.05
+    assert re.search(r"merged: the outputs differ by [0-9]e-0[678]", shown)
+
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
     """A folder with the configs and the demo's assets in it, to write into."""
