@@ -17,17 +17,15 @@ h is taken before the block's own dropout.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.components.gate import Gate
+from lightning_peft.components.bottleneck import NONLINEARITIES, Bottleneck
 from lightning_peft.components.taps import Capture, Tap
-from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference, adapter_dtype
+from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference
 from lightning_peft.core.fields import Count, Must, Patterns, Probability, shown
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.core.targeted import TargetedMethod
@@ -60,15 +58,6 @@ _DEFAULTS = {
     "nonlinearity": "swish",
     "scale": 1.0,
     "init": "houlsby",
-}
-_NONLINEARITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "swish": F.silu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "leaky_relu": F.leaky_relu,
-    "identity": lambda z: z,
 }
 _Factor = Annotated[float, Must("a number other than 0", lambda x: x != 0 and math.isfinite(x))]
 
@@ -122,8 +111,8 @@ class BottleneckAdapter(TargetedMethod):
                 f"{did_you_mean(str(self.preset), PRESETS)}"
             )
         super().__post_init__()
-        if self.choice("nonlinearity") not in _NONLINEARITIES:
-            raise self.invalid("nonlinearity", f"one of {', '.join(map(repr, _NONLINEARITIES))}")
+        if self.choice("nonlinearity") not in NONLINEARITIES:
+            raise self.invalid("nonlinearity", f"one of {', '.join(map(repr, NONLINEARITIES))}")
         if self.choice("residual") == "after" and self.choice("reads") != "sum":
             raise self.invalid("residual", "'before' unless reads='sum': after the residual, the sum is what is there")
         if not any(self.choice(name) for name in ("after_attention", "after_ffn", "after_cross_attention")):
@@ -195,43 +184,12 @@ class BottleneckAdapter(TargetedMethod):
             yield Placement(s.norm if s.pre and s.norm else s.source, Capture(tap), f"{part}x")
             yield Placement(s.output, BottleneckOutput(s.output, f, width, tap, reads == "sum"), part)
 
-    def _bottleneck(self, width: Width, host: nn.Module, batch_dim: int = 0) -> "Bottleneck":
+    def _bottleneck(self, width: Width, host: nn.Module, batch_dim: int = 0) -> Bottleneck:
         m = self.width or max(1, int(width.features // self.choice("reduction_factor")))
         return Bottleneck(self, width.features, m, next(host.parameters()), batch_dim)
 
     def invalid(self, name: str, words: str) -> ConfigError:
         return ConfigError(f"BottleneckAdapter.{name} must be {words}, not {shown(self.choice(name))}.")
-
-
-class Bottleneck(nn.Module):
-    """f: (..., d) -> (..., d)."""
-
-    def __init__(self, method: BottleneckAdapter, d: int, m: int, like: Tensor, batch_dim: int) -> None:
-        super().__init__()
-        options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
-        self.down, self.up = nn.Linear(d, m, **options), nn.Linear(m, d, **options)
-        self.nonlinearity, self.dropout, scale = method.choice("nonlinearity"), method.dropout, method.choice("scale")
-        learned = {"learned": 1, "channel": d}.get(scale)
-        self.scale = nn.Parameter(torch.ones(learned, **options)) if learned else scale
-        self.norm_before = nn.LayerNorm(d, **options) if method.layer_norm == "before" else None
-        self.norm_after = nn.LayerNorm(d, **options) if method.layer_norm == "after" else None
-        self.gate = Gate(d, self.down.weight, batch_dim) if method.gating else None
-        _INITS[method.choice("init")](self.down, self.up)
-        for bias in (self.down.bias, self.up.bias):
-            nn.init.zeros_(bias)
-
-    def forward(self, z: Tensor) -> Tensor:
-        entered = z
-        if self.norm_before is not None:
-            z = _norm(self.norm_before, z)
-        h = _NONLINEARITIES[self.nonlinearity](_linear(self.down, z))
-        if self.dropout:
-            h = F.dropout(h, self.dropout, self.training)
-        if self.norm_after is None:
-            out = _linear(self.up, h, self.scale)
-        else:
-            out = _norm(self.norm_after, _linear(self.up, h), self.scale)
-        return out if self.gate is None else out * self.gate(entered)
 
 
 class BottleneckOutput(OutputAdapter):
@@ -278,37 +236,3 @@ class BottleneckBeforeNorm(InputAdapter):
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         u = first_input(args, kwargs)
         return with_first_input(args, kwargs, u + self.bottleneck(self._norm.module.forward(u)).to(u.dtype))
-
-
-def _linear(layer: nn.Linear, x: Tensor, scale: Any = 1.0) -> Tensor:
-    """``scale`` times the layer's output, which is as large as the stream: learned, it goes into the small weight."""
-    weight: Tensor = layer.weight
-    bias: Tensor = layer.bias
-    if isinstance(scale, Tensor):
-        weight, bias, scale = weight * scale[:, None], bias * scale, 1.0
-    # The small factors follow the dtype of the large tensors, never the other way round.
-    out = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
-    return out if scale == 1 else out * scale
-
-
-def _norm(layer: nn.LayerNorm, x: Tensor, scale: Any = 1.0) -> Tensor:
-    weight, bias = ((p * scale).to(x.dtype) for p in (layer.weight, layer.bias))
-    return F.layer_norm(x, layer.normalized_shape, weight, bias, layer.eps)
-
-
-def _houlsby(down: nn.Linear, up: nn.Linear) -> None:
-    for layer in (down, up):
-        nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
-
-
-def _bert(down: nn.Linear, up: nn.Linear) -> None:
-    for layer in (down, up):
-        nn.init.normal_(layer.weight, std=0.02)
-
-
-def _mam(down: nn.Linear, up: nn.Linear) -> None:
-    nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-    nn.init.zeros_(up.weight)
-
-
-_INITS: dict[str, Callable[[nn.Linear, nn.Linear], None]] = {"houlsby": _houlsby, "bert": _bert, "mam": _mam}
