@@ -31,7 +31,7 @@ from lightning_peft.network.positions import check_room, positions_above
 from lightning_peft.network.pretrained import pretrained_models
 from lightning_peft.network.walk import base_modules, join, leaf, within
 from lightning_peft.prompting.attention import CacheLength, PrefixedAttention, check_implementation, routes_attention
-from lightning_peft.prompting.multihead import MultiheadOutput, PrefixedMultihead, shared_tap
+from lightning_peft.prompting.multihead import MultiheadOutput, PrefixedMultihead
 from lightning_peft.prompting.shift import shift
 
 _PLACES = ("encoder", "decoder", "cross")
@@ -132,9 +132,8 @@ class PrefixTuning(Method):
             gate = Gate(width, next(prefix.parameters()))
             yield Placement(path, GatedInput(gate, prefix.gate, batch_dim(host)), "gate")
         if isinstance(host, nn.MultiheadAttention):
-            tap = shared_tap(host)
-            yield Placement(path, PrefixedMultihead(prefix, host, tap))
-            yield Placement(path, MultiheadOutput(host, tap), "output")
+            yield Placement(path, PrefixedMultihead(prefix, host))
+            yield Placement(path, MultiheadOutput(host), "output")
         else:
             relative, past = None if cross else _relative(model, path), Tap()
             yield Placement(path, PrefixedAttention(prefix, host, relative, past))

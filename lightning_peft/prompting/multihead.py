@@ -38,14 +38,13 @@ class PrefixedMultihead(InputAdapter):
     Args:
         prefix: called without arguments, gives keys and values, each (P, embed_dim) or (batch, P, embed_dim).
         host: the attention.
-        tap: shared with a :class:`MultiheadOutput` on the same host, and with every other prefix there.
     """
 
     nesting = 1  # behind it, the host is called with one token
 
-    def __init__(self, prefix: nn.Module, host: nn.MultiheadAttention, tap: Tap) -> None:
+    def __init__(self, prefix: nn.Module, host: nn.MultiheadAttention) -> None:
         super().__init__()
-        self.prefix, self.tap = prefix, tap
+        self.prefix, self.tap = prefix, Tap()
         self._host = Reference(host)
 
     def eject(self) -> bool:
@@ -53,7 +52,8 @@ class PrefixedMultihead(InputAdapter):
         return False
 
     def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = self.tap.value
+        tap = _tap(self._host.module)
+        call = tap.value
         if call is not None and kwargs.get("query") is call.token:  # another prefix came first
             call.prefixes.append(self.prefix())
             return args, kwargs
@@ -63,7 +63,7 @@ class PrefixedMultihead(InputAdapter):
         # Now, because what other adapters have put in place of the weights is taken away before outputs are adapted.
         dim = self._host.module.batch_first and arguments["query"].dim() == 3
         one = {name: arguments[name].narrow(int(dim), 0, 1) for name in ("query", "key", "value")}
-        self.tap.value = _Call(arguments, _weights(self._host.module), [self.prefix()], one["query"])
+        tap.value = _Call(arguments, _weights(self._host.module), [self.prefix()], one["query"])
         return (), {**one, "need_weights": False}
 
 
@@ -72,21 +72,18 @@ class MultiheadOutput(OutputAdapter):
 
     nesting = 1
 
-    def __init__(self, host: nn.MultiheadAttention, tap: Tap) -> None:
+    def __init__(self, host: nn.MultiheadAttention) -> None:
         super().__init__()
         self._host = Reference(host)
-        self.tap = tap
 
     def forward(self, x: Tensor, y: Any) -> Any:
-        call = self.tap.take()
+        call = _tap(self._host.module).take()
         return y if call is None else _attend(self._host.module, call)
 
 
-def shared_tap(host: nn.MultiheadAttention) -> Tap:
-    """The tap of the prefixes that ``host`` carries already, or a new one."""
-    slots = host._modules.get(CHILD)
-    present = () if slots is None else slots.children()
-    return next((adapter.tap for adapter in present if isinstance(adapter, PrefixedMultihead)), Tap())
+def _tap(host: nn.MultiheadAttention) -> Tap:
+    """The one tap of all prefixes that ``host`` carries: the first one's."""
+    return next(one.tap for one in host._modules[CHILD].children() if isinstance(one, PrefixedMultihead))  # type: ignore[union-attr]
 
 
 def _attend(host: nn.MultiheadAttention, call: _Call) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ import torch
 from snapshot import Snapshot, assert_identical
 from torch import nn
 
-from lightning_peft import LoRA, inject
+from lightning_peft import LoRA, PrefixTuning, inject
 from lightning_peft.checkpoints.ckpt import (
     METADATA_VERSION,
     adapter_keys,
@@ -294,3 +294,14 @@ def test_adapters_are_seen_on_a_model_and_below_it(base: nn.Module, trained: nn.
     assert has_adapters(trained)
     assert has_adapters(nn.Sequential(trained))
     assert not has_adapters(base)
+
+
+def test_two_prefixes_of_one_file_act_together_as_they_did() -> None:
+    base = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True)}).eval()
+    trained, fresh, x = copy.deepcopy(base), copy.deepcopy(base), torch.randn(2, 3, 8)
+    for name in ("first", "second"):
+        inject(trained, PrefixTuning(num_virtual_tokens=2, init_std=1.0), name)
+    expected = trained["attention"](x, x, x)[0]
+    attach_metadata(fresh, metadata(trained), adapter_state(trained))
+    fresh.load_state_dict(adapter_state(trained))
+    assert_identical(fresh["attention"](x, x, x)[0], expected)
