@@ -15,4 +15,8 @@ for _module in iter_modules(__path__):
         ):
             globals()[_name] = _value
 
-__all__ = sorted(name for name, value in globals().items() if isinstance(value, type) and value is not Method)
+__all__ = sorted(
+    name
+    for name, value in globals().items()
+    if isinstance(value, type) and issubclass(value, Method) and value is not Method and not name.startswith("_")
+)

@@ -262,7 +262,8 @@ def test_the_help_of_a_method_explains_its_fields(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["fit", "--peft.method.help=LoRA"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "Rank of the update, at least 1" in shown
+    assert "Rank of the update; above" in shown
+    assert "[int, at least 1 and whole], default: 8" in shown
     assert "Layers to adapt:" in shown
 
 
