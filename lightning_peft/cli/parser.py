@@ -51,6 +51,18 @@ class PEFTArgumentParser(LightningArgumentParser):
         return super().parse_args(args, *rest, **kwargs)
 
     @override
+    def format_help(self) -> str:
+        """Help in which the conditions of a field stand behind its type, as words."""
+        text = super().format_help()
+        while (start := text.find("Annotated[")) >= 0:
+            depth, end = 1, start + len("Annotated[")
+            while depth:
+                depth += {"[": 1, "]": -1}.get(text[end], 0)
+                end += 1
+            text = text[:start] + text[start + len("Annotated[") : end - 1] + text[end:]
+        return text
+
+    @override
     def print_usage(self, file: Any = None) -> None:
         prog = self.prog.replace(" [options]", "")
         print(f"usage: {prog} [--config FILE] [--OPTION VALUE ...]", file=file)

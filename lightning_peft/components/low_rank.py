@@ -52,7 +52,7 @@ class LowRankMethod(RankedMethod):
     peft: ClassVar[PeftTable | None] = LORA
 
     dropout: Probability = 0.0
-    """Probability of dropping an input feature of A, 0 to 1 (exclusive). Embeddings, fed with indices, are exempt."""
+    """Probability of dropping an input feature of A. Embeddings, fed with indices, are exempt."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) in place of alpha / r."""
 

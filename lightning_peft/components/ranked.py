@@ -26,7 +26,7 @@ class RankedMethod(LayerMethod):
     r: Count = 8
     """Rank of the update; above the smaller side of a layer's matrix it adds parameters and nothing else."""
     alpha: Positive = 16.0
-    """Numerator of the scale, greater than 0."""
+    """Numerator of the scale."""
     rank_pattern: dict[str, Count] = field(default_factory=dict)
     """Ranks of layers whose name ends in the key (a suffix or a regular expression)."""
     alpha_pattern: dict[str, Positive] = field(default_factory=dict)

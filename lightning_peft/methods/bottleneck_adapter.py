@@ -86,15 +86,15 @@ class BottleneckAdapter(TargetedMethod):
     residual: Literal["before", "after"] | None = None
     """Where it is added: before the residual sum (and its norm), or after; "after" needs reads="sum"."""
     reduction_factor: Annotated[float, Must("a number, at least 1", lambda x: 1 <= x < math.inf)] | None = None
-    """Features of the stream over those of the bottleneck, at least 1."""
+    """Features of the stream over those of the bottleneck."""
     width: Count | None = None
-    """Features of the bottleneck, at least 1; takes the place of reduction_factor."""
+    """Features of the bottleneck; takes the place of reduction_factor."""
     nonlinearity: str | None = None
     """One of relu, gelu, swish, silu, tanh, leaky_relu, identity."""
     scale: Literal["learned", "channel"] | _Factor | None = None
     """A fixed factor other than 0, or a learned one that starts at 1: one number, or one for each channel."""
     dropout: Probability = 0.0
-    """Probability of dropping a feature of the bottleneck, 0 to 1 (exclusive)."""
+    """Probability of dropping a feature of the bottleneck."""
     init: Literal["houlsby", "bert", "mam"] | None = None
     """Weights at the start: "houlsby" truncated normal 0.01, "bert" normal 0.02, "mam" up zero (exactly the base)."""
     layer_norm: Literal["before", "after"] | None = None

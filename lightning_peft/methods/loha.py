@@ -40,7 +40,7 @@ class LoHa(RankedMethod):
     )
 
     alpha: Positive = 8.0
-    """Numerator of the scale, greater than 0."""
+    """Numerator of the scale."""
 
     def build(self, host: Host, shared: Any) -> Adapter:
         kind = LoHaWeight if host.weight_only else LoHaOutput

@@ -32,15 +32,15 @@ class PTuning(Method):
     peft: ClassVar[PeftTable | None] = PeftTable(type="P_TUNING")
 
     num_virtual_tokens: Count = 20
-    """Vectors of the prompt, at least 1."""
+    """Vectors of the prompt."""
     encoder: Literal["mlp", "lstm"] = "mlp"
     """What makes the prompt out of the trained vectors."""
     encoder_hidden_size: Count | None = None
-    """Hidden features of the encoder, at least 1; None for the width of the model's embeddings."""
+    """Hidden features of the encoder; None for the width of the model's embeddings."""
     encoder_num_layers: Count = 2
-    """Layers of the LSTM, at least 1."""
+    """Layers of the LSTM."""
     encoder_dropout: Probability = 0.0
-    """Probability of dropping a feature between the layers of the LSTM, 0 to 1 (exclusive)."""
+    """Probability of dropping a feature between the layers of the LSTM."""
     modules_to_save: Patterns = "auto"
     """Modules fully trained beside the prompt: name suffixes; "auto" finds the task head of a transformers model."""
 

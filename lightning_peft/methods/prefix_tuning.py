@@ -54,13 +54,13 @@ class PrefixTuning(Method):
     peft: ClassVar[PeftTable | None] = PeftTable(type="PREFIX_TUNING")
 
     num_virtual_tokens: Count = 20
-    """Keys and values of the prefix in each attention, at least 1."""
+    """Keys and values of the prefix in each attention."""
     prefix_projection: bool = False
     """True if the prefix comes out of an MLP, which may train better; else keys and values are parameters."""
     encoder_hidden_size: Count = 512
-    """Hidden features of that MLP, at least 1."""
+    """Hidden features of that MLP."""
     init_std: NotNegative = 0.02
-    """Standard deviation of keys and values at the start (of the MLP's input: 1), at least 0."""
+    """Standard deviation of keys and values at the start (of the MLP's input: 1)."""
     places: _Places = field(default_factory=lambda: list(_PLACES))
     """Of an encoder-decoder model, which attentions: any of "encoder", "decoder" (to itself), "cross" (to the encoder).
     peft knows "decoder" alone. Other models have one kind."""

@@ -36,7 +36,7 @@ class PromptTuning(Method):
     peft: ClassVar[PeftTable | None] = PeftTable(type="PROMPT_TUNING")
 
     num_virtual_tokens: Count = 20
-    """Vectors of the prompt, at least 1."""
+    """Vectors of the prompt."""
     init: Literal["random", "vocabulary", "text"] = "vocabulary"
     """What it starts from: random vectors as large as the model's embeddings, the embeddings of tokens drawn at random,
     or those of init_text, repeated or cut to num_virtual_tokens."""

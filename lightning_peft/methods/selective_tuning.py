@@ -68,7 +68,7 @@ class SelectiveTuning(TargetedMethod):
     score: Literal["magnitude", "fisher"] = "magnitude"
     """What density picks by: "magnitude" (largest absolute value) or "fisher" (largest mean squared gradient)."""
     score_batches: Count = 8
-    """Backward passes over which "fisher" takes the mean, at least 1; these leave the parameters as they are."""
+    """Backward passes over which "fisher" takes the mean; these leave the parameters as they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,7 +58,7 @@ class VeRA(LayerMethod):
     d_initial: float = 0.1
     """What d starts from."""
     dropout: Probability = 0.0
-    """Probability of dropping an input feature of A, 0 to 1 (exclusive)."""
+    """Probability of dropping an input feature of A."""
 
     def shared(self, hosts: Sequence[Host]) -> Adapter:
         return Projections(self, hosts)

@@ -263,7 +263,7 @@ def test_the_help_of_a_method_explains_its_fields(capsys):
         main(["fit", "--peft.method.help=LoRA"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "Rank of the update; above" in shown
-    assert "[int, at least 1 and whole], default: 8" in shown
+    assert "(type: int, at least 1 and whole, default: 8)" in shown
     assert "Layers to adapt:" in shown
 
 
