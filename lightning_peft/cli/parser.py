@@ -51,9 +51,9 @@ class PEFTArgumentParser(LightningArgumentParser):
         return super().parse_args(args, *rest, **kwargs)
 
     @override
-    def format_help(self) -> str:
+    def format_help(self, *args: Any) -> str:
         """Help in which the conditions of a field stand behind its type, as words."""
-        text = super().format_help()
+        text = super().format_help(*args)
         while (start := text.find("Annotated[")) >= 0:
             depth, end = 1, start + len("Annotated[")
             while depth:

@@ -21,6 +21,7 @@ from lightning_peft.core.fields import Probability
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.recipes import LowRank, Recipe
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.kernels.low_rank import plain_update, update_
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
 
@@ -115,6 +116,14 @@ class LowRankOutput(LowRankFactors, OutputAdapter):
     def __init__(self, host: Host, r: int, scale: float, dropout: float) -> None:
         super().__init__(host, r, scale)
         self.dropout = dropout
+
+    def update(self, x: Tensor, y: Tensor, scale: Any) -> Tensor:
+        """``y + scale * B A x`` in a new tensor."""
+        return plain_update(self.layout, x, y, self.lora_A, self.lora_B, scale, self.dropout_of(x))
+
+    def update_(self, x: Tensor, y: Tensor) -> Tensor:
+        """``y + s * B A x``, written into ``y``."""
+        return update_(self.layout, x, y, self.lora_A, self.lora_B, self.scale, self.dropout_of(x))
 
     def dropout_of(self, x: Tensor) -> float:
         """The probability with which features of ``x`` are dropped now: an index has none."""

@@ -18,7 +18,6 @@ from lightning_peft.components.low_rank_rows import ByRow
 from lightning_peft.core.adapter import Adapter, BatchedForm, WeightAdapter
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.kernels.low_rank import plain_update, update_
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.layouts import Layout, TransposedLayout
 
@@ -72,10 +71,10 @@ class LoRAOutput(LowRankOutput):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         scale = self.scale if self.gate is None else self.scale * self.gate(x)
-        return plain_update(self.layout, x, y, self.lora_A, self.lora_B, scale, self.dropout_of(x))
+        return self.update(x, y, scale)
 
     def forward_(self, x: Tensor, y: Tensor) -> Tensor:
-        return update_(self.layout, x, y, self.lora_A, self.lora_B, self.scale, self.dropout_of(x))
+        return self.update_(x, y)
 
     @classmethod
     def batched(cls, adapters: Sequence["LoRAOutput"]) -> BatchedForm | None:
