@@ -44,7 +44,7 @@ def metadata(model: nn.Module) -> dict[str, Any]:
 
 
 def attach_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> None:
-    """Attach what a record describes, or check that what is attached already is the same, and that ``state`` fits.
+    """Attach the adapters of a checkpoint's metadata, or check that the attached ones are the same and ``state`` fits.
 
     Nothing is loaded yet. If anything is wrong, the model is left as it was. A ``state`` that holds the base as well
     (all of it) fits any base of these shapes.

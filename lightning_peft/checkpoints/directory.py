@@ -91,7 +91,7 @@ def write_directory(
     manifest: Mapping[str, Any],
     trained: Mapping[str, Tensor] | None,
 ) -> None:
-    """Write an adapter directory; the fields are those of :class:`Directory`.
+    """Write an adapter directory; the arguments are the fields of :class:`Directory`.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -146,7 +146,7 @@ def _check_seals(path: Path, manifest: Mapping[str, Any], contents: Mapping[str,
 def _no_adapter(path: Path) -> str:
     """What to say of a path without a config."""
     if not path.is_dir():
-        return f"There is no directory {path}{', but a file' if path.exists() else ''}. Give that of an adapter."
+        return f"There is no directory {path}{', but a file' if path.exists() else ''}. Give an adapter's directory."
     below = sorted(child.name for child in path.iterdir() if (child / CONFIG).is_file())
     hint = f" There are some below it: {', '.join(map(repr, below))}." if below else ""
     return f"{path} holds no adapter: there is no {CONFIG} in it.{hint}"

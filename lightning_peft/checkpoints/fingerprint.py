@@ -26,7 +26,7 @@ def fingerprint_tensors(model: nn.Module, part: str = "", fully_trained: Sequenc
     Args:
         model: the network, with or without adapters.
         part: path of the part that is meant; the names are seen from there.
-        fully_trained: paths in the part of the modules that are left out; None for those of every adapter of ``model``.
+        fully_trained: paths, in the part, of modules to leave out; None for the modules of every adapter of ``model``.
     """
     left_out: set[str] = set()
     tops: list[str] = []
@@ -174,13 +174,13 @@ def check_own_base(state: Mapping[str, Any], recorded: Any) -> None:
 
 @dataclass(frozen=True)
 class TensorSample:
-    """What a tensor of the base is recognised by."""
+    """A sample of a base tensor, by which it is recognised."""
 
     values: Tensor
     """Eight values at evenly spread positions, in fp64 on the CPU."""
     dtype: str
     error: float | None
-    """How far they may lie from those of the unquantized weight; None where it is not quantized."""
+    """How far they may lie from the unquantized weight's; None where it is not quantized."""
     precision: torch.dtype
 
     def fits(self, values: Tensor, dtype: Any, error: float | None) -> bool:

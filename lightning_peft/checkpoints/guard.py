@@ -17,10 +17,10 @@ _DEPTH = 64
 _CONTAINERS = 200_000
 _BITS = 4096  # random generators have states of 128; Python refuses to print more than some 14,000
 _UNFOLDED = 2**26  # bytes of a tensor that repeats its own elements
-_SPARE = 2**16  # elements that a plan may create beside those of its adapters, such as positions
+_SPARE = 2**16  # elements that a plan may create beside its adapters, such as positions
 
 _SIZED = frozenset({"expand", "repeat", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"})
-"""Of torch's functions of a tensor, those that are told a size; lists of others hold dimensions, or pieces of one."""
+"""Torch's functions of a tensor that take a size; the lists of other functions hold dimensions."""
 
 
 def check_bounds(value: dict[Any, Any]) -> None:
@@ -60,24 +60,24 @@ def limit_allocation(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]
     before the shapes could be compared.
 
     Args:
-        model: the network that adapters are planned for; what is made of its parameters is as large as these.
-        tensors: those of the file; what is no tensor counts nothing.
+        model: the network that adapters are planned for; copies of its parameters are as large as these.
+        tensors: the tensors of the file; other values do not count.
 
     Raises:
         CheckpointError: a tensor, or all together, would be larger than ``tensors``.
     """
     held = sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))
     base = [tensor.numel() for tensor in model.state_dict(keep_vars=True).values() if _counted(tensor)]
-    # A file of a seed alone says nothing of what is made of it, which is of the size of layers.
+    # A file may hold a seed alone, from which tensors as large as layers are drawn.
     with for_a_file(), _Allowance(one=max(held, *base, 0) + _SPARE, together=max(4 * held, sum(base)) + _SPARE):
         yield
 
 
 @contextmanager
 def as_checkpoint_error() -> Iterator[None]:
-    """Say of whatever else goes wrong with what a file holds what it means to a user.
+    """Turn any other error that a file's content causes into one that says so.
 
-    What a file can hold is without end; what is checked by itself is what deserves words of its own.
+    Files can hold anything; checks of their own exist for damage that deserves its own words.
 
     Raises:
         CheckpointError: in place of any error that is not this library's.

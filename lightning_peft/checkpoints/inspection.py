@@ -32,7 +32,7 @@ class AdapterSummary:
     """Paths of the modules that were fully trained, or what the config names."""
     tensors: int
     parameters: int
-    """Numbers in the tensors, those that only peft needs left out."""
+    """Numbers in the tensors, without the ones that only peft needs."""
     size: int
     """Bytes of all files together."""
     written_here: bool

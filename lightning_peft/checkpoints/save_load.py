@@ -35,7 +35,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
 
     Where the peft package has the method, ``peft.PeftModel.from_pretrained(network, path)`` loads it; the paths in the
     files are seen from the transformers model inside ``model``, if it is one. An adapter that lies there already is
-    replaced; if that is broken off halfway, what is left is refused when it is read.
+    replaced; if the writing is broken off halfway, the remaining files are refused when they are read.
 
     Raises:
         AdapterNameError: there is no such adapter.
@@ -75,11 +75,11 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> Report:
     """Read the adapter in the directory ``path`` and inject it into ``model`` as ``name``.
 
-    It acts and trains, beside those that do already. Directories of the peft package are read too. If anything is
+    It acts and trains beside the adapters that do already. Directories of the peft package are read too. If anything is
     wrong, the model is left as it was.
 
     Returns:
-        A report of what was injected, what trains, and what is frozen. ``print`` shows it as a table.
+        A report of the adapters, the parameters that train, and the frozen ones. ``print`` shows it as a table.
 
     Raises:
         AdapterKeyError: a tensor is missing, left over, or has another shape.

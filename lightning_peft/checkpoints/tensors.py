@@ -1,4 +1,4 @@
-"""The tensors of a file and those of adapters that they are for: compared, and filled when all of them fit."""
+"""The tensors of a file against the adapters' own: compared first, and copied when all of them fit."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ OWN_NAME = "default"
 
 
 def own_views(placements: Sequence[Placement], name: str = OWN_NAME, root: str = "") -> dict[str, TensorView]:
-    """The tensors of ``placements`` by our own keys: those of a state dict in which the adapter is called ``name``.
+    """The tensors of ``placements`` by our own keys: the keys of a state dict whose adapter is called ``name``.
 
     Args:
         placements: the adapters.
@@ -88,7 +88,7 @@ def check_tensors(
     base: Mapping[str, Tensor] | None = None,
     of: str = "adapter ",
 ) -> None:
-    """Raise unless ``found`` holds what is ``wanted``, and nothing else.
+    """Raise unless ``found`` holds the ``wanted`` tensors, and nothing else.
 
     Args:
         wanted: what has to be there.

@@ -1,4 +1,4 @@
-"""The command's own subcommands, beside LightningCLI's: what is done with a file and needs no training."""
+"""The command's own subcommands, beside LightningCLI's: work on files that needs no training."""
 
 from pathlib import Path
 from typing import Any

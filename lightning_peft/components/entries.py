@@ -52,7 +52,7 @@ def entries(weight: Tensor, index: Tensor, *shape: int) -> Tensor:
 
 
 def combine_entries(adapter: Any, sources: Sequence[Any], recipe: Recipe, weight: Tensor) -> None:
-    """Give the ``values`` of ``adapter`` what ``recipe`` makes of those of ``sources``, as changes of ``weight``.
+    """Combine the ``values`` of ``sources``, as changes of ``weight``, into the ``values`` of ``adapter``.
 
     Raises:
         NotApplicableError: they are of different entries.

@@ -30,7 +30,7 @@ LORA = PeftTable(
     fields={"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "use_rslora": "use_rslora"},
     layouts=(Layout, TransposedLayout, ConvLayout, EmbeddingLayout),
     rank=("lora_A.weight", "lora_embedding_A"),
-    # What only says how the factors started; those that change the base when they start do not stand here.
+    # How the factors started. An initialisation that changes the base is not harmless, and does not stand here.
     harmless=(
         "init_lora_weights",
         "loftq_config",

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_peft.components.low_rank import LowRankOutput
 from lightning_peft.core.adapter_index import AdapterIndex
 
-_LONG = 16  # places of a row from which on its own factors are faster than a mask on those of all
+_LONG = 16  # tokens of a sequence from which on gathered factors are faster than a mask on all ranks
 
 
 class ByRow:

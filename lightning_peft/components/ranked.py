@@ -17,7 +17,7 @@ from lightning_peft.network.patterns import matches_end, pattern_value
 class RankedMethod(LayerMethod):
     """A method with a rank r and a scale alpha / r for each layer.
 
-    In the peft package's files ranks are those of the tensors: the method's table names them (``PeftTable.rank``).
+    In the peft package's files a tensor's shape tells the rank; the method's table names it (``PeftTable.rank``).
 
     Raises:
         ConfigError: a field is out of range.

@@ -32,7 +32,7 @@ def find_table(model: nn.Module, named: Sequence[BaseParameter]) -> BaseParamete
         raise NotApplicableError(f"token_ids: {type(model).__name__} has no embedding whose rows could train.")
     if len(tables) > 1:
         names = ", ".join(repr(p.path) for p in reversed(tables.values()))
-        raise TargetError(f"token_ids: the tokens could be those of {names}: name one of them in target_modules.")
+        raise TargetError(f"token_ids: the tokens could belong to {names}: name one of them in target_modules.")
     return next(iter(tables.values()))
 
 
@@ -90,7 +90,7 @@ class TokenRows(OutputAdapter):
 
 
 class TokenLogits(OutputAdapter):
-    """Puts the scores of trained rows in place of those that a linear layer tied to the table has computed."""
+    """Replaces the scores of some tokens in the output of a linear layer that is tied to the table."""
 
     index: Tensor
 

@@ -16,7 +16,7 @@ from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import leaf, parent
 
 Copies = dict[int, nn.Parameter]
-"""The copies made for one adapter, by the ``id`` of the base's parameter: what is tied there has one copy here."""
+"""The copies made for one adapter, by the ``id`` of the base's parameter: tied parameters have one copy."""
 
 
 class TunedParameters(WeightAdapter):

@@ -69,7 +69,7 @@ class Adapter(nn.Module):
         raise NotMergeableError("what it computes is no change of its host's weights. Keep it as an adapter.")
 
     def combine(self, sources: Sequence[Any], recipe: Recipe, parameters: Mapping[str, Tensor]) -> None:
-        """Take the values that ``recipe`` makes out of those of ``sources``; this is a copy of the first of them.
+        """Take the values that ``recipe`` makes of ``sources``; this adapter is a copy of the first of them.
 
         Args:
             sources: adapters of this class on this host, with one weight each in the recipe.

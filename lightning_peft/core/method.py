@@ -148,7 +148,7 @@ class Method(ABC):
 
 
 def registered_methods(base: type[Method] = Method) -> Iterator[type[Method]]:
-    """Yield every concrete method that is defined, those of other packages included."""
+    """Yield every concrete method that is defined, also in other packages."""
     for cls in base.__subclasses__():
         if not getattr(cls, "__abstractmethods__", None):
             yield cls

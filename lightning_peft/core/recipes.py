@@ -70,7 +70,7 @@ class Recipe:
         """Combine changes of one matrix.
 
         Raises:
-            ConfigError: the rank asked for is larger than that of the sum.
+            ConfigError: the rank asked for is larger than the sum's.
             NotApplicableError: the ranks differ, and the recipe mixes factor by factor.
         """
         scaled = [weight * change.scale for change, weight in zip(changes, self.weights, strict=True)]

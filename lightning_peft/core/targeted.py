@@ -1,4 +1,4 @@
-"""Methods that are pointed at parts of a network, and those that put an adapter on each layer that is chosen."""
+"""Methods that are pointed at parts of a network, and methods with one adapter for each chosen layer."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
@@ -86,7 +86,7 @@ class LayerMethod(TargetedMethod):
         """
 
     def notes(self, hosts: Sequence[Host]) -> list[str]:
-        """Lines for the report, on what is allowed and perhaps not meant."""
+        """Lines for the report, on settings that are allowed and perhaps not meant."""
         return []
 
     def select(self, model: nn.Module, fully_trained: Sequence[str]) -> list[Host]:

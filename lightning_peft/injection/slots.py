@@ -30,7 +30,7 @@ class AdapterSlots(Beside):
     _before: tuple[InputAdapter, ...]
     _after: tuple[Callable[[Any, Any], Any], ...]
     _weights: tuple[WeightAdapter, ...]
-    _displaced: dict[str, tuple[Any, Any]]  # while the host runs: what weight adapters displaced, and what is there now
+    _displaced: dict[str, tuple[Any, Any]]  # while the host runs: the displaced tensor, and its replacement
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class AdapterSlots(Beside):
         vars(self).update(active=names, _before=(), _after=after, _weights=())
 
     def of(self, *names: str) -> "_Kinds":
-        """The adapters ``names``: those that act on the input, on the output, and on weights, in their order."""
+        """The adapters ``names`` by kind (of the input, of the output, of weights), each in their order."""
         if len(names) == 1:
             return self._own.get(names[0], _NONE)
         before, after, weights = (tuple(chain(*kind)) for kind in zip(_NONE, *map(self.of, names), strict=True))

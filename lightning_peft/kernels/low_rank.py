@@ -93,10 +93,10 @@ def gradients(
     dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, A and B through the update, those that are needed, from that of its output.
+    """The needed gradients of x, A and B through the update, from the gradient of its output.
 
     Args:
-        grad: that of the output, of any shape (..., out).
+        grad: the gradient of the output, (..., out).
         x: what the update was called with, where A needs a gradient.
         a: (r, in).
         b: (out, r).

@@ -86,7 +86,7 @@ class BottleneckAdapter(TargetedMethod):
     residual: Literal["before", "after"] | None = None
     """Where it is added: before the residual sum (and its norm), or after; "after" needs reads="sum"."""
     reduction_factor: Annotated[float, Must("a number, at least 1", lambda x: 1 <= x < math.inf)] | None = None
-    """Features of the stream over those of the bottleneck."""
+    """Features of the residual stream over features of the bottleneck."""
     width: Count | None = None
     """Features of the bottleneck; takes the place of reduction_factor."""
     nonlinearity: str | None = None

@@ -2,7 +2,7 @@ r"""DoRA: weight-decomposed low-rank adaptation. Liu et al., 2024, arXiv:2402.09
 
 .. math:: y = c \odot (W x + s B A x) + b, \qquad c = m / \|W + s B A\|
 
-The norm is that of each output's weights (a row of W, a kernel, one dimension of an embedding), and a constant to the
+The norm is taken over each output's weights (a row of W, a kernel, a dimension of an embedding), and a constant to the
 backward (section 4.3). B starts at zero and m at :math:`\|W\|`, so training starts from the base model. W + s B A is
 not formed for the norm:
 

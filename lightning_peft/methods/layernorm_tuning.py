@@ -23,7 +23,7 @@ from lightning_peft.core.targeted import TargetedMethod
 class LayerNormTuning(TargetedMethod):
     """Training of the weights and biases of norms (LayerNorm, RMSNorm, GroupNorm, BatchNorm and their like).
 
-    Running statistics, where a norm has any, stay those of the base.
+    Running statistics, where a norm has any, stay the base's.
 
     Raises:
         NotApplicableError: the model has no norm with parameters, or a named layer is none.
@@ -32,7 +32,7 @@ class LayerNormTuning(TargetedMethod):
     peft: ClassVar[PeftTable | None] = PeftTable(type="LN_TUNING")
 
     target_modules: Patterns = None
-    """Norms that train: None for all but those of the task head; else a list of names or suffixes (all below is meant
+    """Norms that train: None for all outside of the task head; else a list of names or suffixes (all below is meant
     too), or one regular expression for whole names."""
 
     def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:

@@ -25,7 +25,7 @@ class LinearProbe(Method):
     """
 
     modules_to_save: Patterns = "auto"
-    """The task head: "auto" finds that of a transformers model; else name suffixes, such as ["head"]."""
+    """The task head: "auto" finds it in a transformers model; else name suffixes, such as ["head"]."""
 
     def plan(self, model: nn.Module, fully_trained: Sequence[str]) -> Plan:
         if not fully_trained:

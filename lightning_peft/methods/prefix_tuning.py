@@ -1,4 +1,4 @@
-r"""Prefix tuning: learned keys and values before those of every attention.
+r"""Prefix tuning: learned keys and values before every attention's own.
 
 Li and Liang, 2021, arXiv:2101.00190; without the MLP it is P-tuning v2, Liu et al., 2022, arXiv:2110.07602.
 
@@ -43,7 +43,7 @@ _Places = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(Method):
-    """Learned keys and values before those of the attentions of a transformer.
+    """Learned keys and values before the own ones of a transformer's attentions.
 
     Raises:
         ConfigError: a field is out of range, or the prefix leaves no room in the model's position table.
@@ -238,7 +238,7 @@ def _relative(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def attends_across(blocks: Sequence[Block]) -> bool:
-    """True if blocks attend to another sequence, as those of a decoder behind an encoder do."""
+    """True if blocks attend to another sequence, as a decoder's blocks do behind an encoder."""
     return any(attention.cross for block in blocks for attention in block.attentions)
 
 

@@ -39,7 +39,7 @@ class PromptTuning(Method):
     """Vectors of the prompt."""
     init: Literal["random", "vocabulary", "text"] = "vocabulary"
     """What it starts from: random vectors as large as the model's embeddings, the embeddings of tokens drawn at random,
-    or those of init_text, repeated or cut to num_virtual_tokens."""
+    or the embeddings of init_text, repeated or cut to num_virtual_tokens."""
     init_text: str | None = None
     """The text for init="text", such as "Is this review positive?"."""
     tokenizer: str | None = None

@@ -24,7 +24,7 @@ def code_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def bound(names: Sequence[str], args: tuple[Any, ...], kwargs: Call) -> Call:
-    """All arguments of a call by name, those that were given by position included."""
+    """All arguments of a call by name, positional ones too."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 

@@ -84,7 +84,7 @@ def readers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]
 def read_parameters(module: nn.Module) -> tuple[str, ...]:
     """Paths of the parameters and persistent buffers that the forward of ``module`` itself reads.
 
-    Its own, and those of children that have no forward that could run: lists and dictionaries of parameters, and the
+    Its own, and the parameters of children whose forward never runs: lists and dictionaries of parameters, and the
     ``out_proj`` of ``nn.MultiheadAttention``.
     """
     owned = [name for name, _ in module.named_parameters(recurse=False)]

@@ -22,11 +22,11 @@ class Vocabulary:
     Args:
         names: what can be chosen, in the order of the model.
         words: names by role or kind.
-        first: those of the words that mean their names even where something is called so itself.
+        first: words that keep their meaning even where a layer has the same name.
         aliases: other names, by which something can be meant too.
         taken: names that cannot be chosen since modules_to_save trains what they stand for.
         kinds: what the last part of a name is, for messages; without it, all parts of the names are told.
-        noun: what is chosen, for messages.
+        noun: the kind of thing that is chosen, for messages.
         below: True if a name means everything below it, too.
     """
 
@@ -62,7 +62,7 @@ class Vocabulary:
     def narrow(
         self, chosen: Collection[str], exclude: Patterns = None, layers: Sequence[int] | None = None
     ) -> list[str]:
-        """Leave out of ``chosen`` what ``exclude`` means, all below it too, and what is in none of ``layers``.
+        """Drop from ``chosen`` all that ``exclude`` means, or that is below it, and all outside of ``layers``.
 
         Raises:
             TargetError: a pattern or an index means nothing among all names.
@@ -82,7 +82,7 @@ class Vocabulary:
             return self.words[pattern]
         named = {name for name in self.names if ends_with(name, pattern) or ends_with(self._alias(name), pattern)}
         inside = {name for name in self.names if f".{pattern}." in f".{name}."} if excluding or self.below else set()
-        if named or excluding:  # of what is to be chosen, a word comes before a part that no name ends in
+        if named or excluding:  # where names are chosen, a word comes before the middle part of a path
             named |= inside
         return named or self.words.get(pattern) or inside or match_names(pattern, self.names, field)
 

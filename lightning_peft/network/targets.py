@@ -181,7 +181,7 @@ def select_parameters(
 def readers_of(
     tensor: nn.Parameter, model: nn.Module, exclude: Patterns = None, fully_trained: Sequence[str] = ()
 ) -> list[BaseParameter]:
-    """Every module that reads ``tensor``, but for those that are fully trained or excluded."""
+    """Every module that reads ``tensor`` and is neither fully trained nor excluded."""
     every = find_parameters(model)
     free = outside(every, fully_trained)
     vocabulary = _layers_of(model, every, free, fully_trained)

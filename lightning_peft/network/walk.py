@@ -41,7 +41,7 @@ def modules_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def base_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``module.named_children()`` without adapters, those that have parameters."""
+    """The children of ``module`` that have parameters, by name, without adapters."""
     return [
         (name, child)
         for name, child in module.named_children()

@@ -1,4 +1,4 @@
-"""Keys and values put before those of an attention.
+"""Keys and values before an attention's own.
 
 The attentions of transformers look up the function that computes them, under the name that their config gives. While a
 prefix acts, its attention sees a config that names :func:`attend`, which puts the prefix in front and calls the
@@ -25,7 +25,7 @@ _functions: Any = None  # transformers' table of attention functions, once a pre
 
 
 class PrefixedAttention(WeightAdapter):
-    """Puts keys and values before those of an attention of transformers.
+    """Puts keys and values before the own ones of an attention of transformers.
 
     Args:
         prefix: called without arguments, gives keys and values, each (P, heads · features) or (batch, P, ...).
@@ -74,7 +74,7 @@ class CacheLength(InputAdapter):
 
 
 def eject_prefix(adapter: Adapter, prefix: Any) -> None:
-    """Let ``prefix`` drop what it came out of, if it came out of anything; what is left trains as it did."""
+    """Let ``prefix`` drop the network that made it, if one did; the rest trains as before."""
     if prefix.eject():
         adapter.trains = frozenset(f"prefix.{name}" for name, _ in prefix.named_parameters())
 

@@ -1,4 +1,4 @@
-"""Keys and values put before those of an ``nn.MultiheadAttention``, which has no place for them.
+"""Keys and values before an ``nn.MultiheadAttention``'s own, which has no argument for them.
 
 The attention is computed here, with the weights that the module would use at that moment. Its own forward, which a hook
 cannot keep from running, gets a single token meanwhile.
@@ -33,7 +33,7 @@ class _Call:
 
 
 class PrefixedMultihead(InputAdapter):
-    """Puts keys and values before those of an ``nn.MultiheadAttention``.
+    """Puts keys and values before an ``nn.MultiheadAttention``'s own.
 
     Args:
         prefix: called without arguments, gives keys and values, each (P, embed_dim) or (batch, P, embed_dim).
@@ -68,7 +68,7 @@ class PrefixedMultihead(InputAdapter):
 
 
 class MultiheadOutput(OutputAdapter):
-    """Computes the call that :class:`PrefixedMultihead` put off: the first of them that of all prefixes."""
+    """Computes the call that :class:`PrefixedMultihead` put off; the first one computes it with all prefixes."""
 
     nesting = 1
 

@@ -1,4 +1,4 @@
-"""Rows of a batch that begin with padding: what is put before a text goes between the two.
+"""Sequences that begin with padding: virtual tokens go between padding and text.
 
 In front of the padding it would stand apart from the text, and the padding would use up places in an attention window.
 """
@@ -22,7 +22,7 @@ def insert(x: Tensor, part: Tensor, padding: Tensor | None, dim: int = -1) -> Te
         x: (..., tokens), or (..., tokens, features) with ``dim=-2``.
         part: the same with other tokens.
         padding: from :func:`left_padding`.
-        dim: that of the tokens.
+        dim: the dimension of the tokens.
     """
     x = torch.cat([part, x], dim)
     lead = x.dim() + dim
@@ -48,12 +48,12 @@ def overwrite(x: Tensor, part: Tensor, start: int, padding: Tensor | None) -> Te
 
 
 def extract(x: Tensor, dim: int, length: int, padding: Tensor | None = None) -> Tensor:
-    """The ``length`` places of ``x`` in which nothing was put: the last ones, and those of the row's ``padding``.
+    """The ``length`` tokens of ``x`` that were not inserted: the last ones, and the row's ``padding``.
 
     Args:
         x: of a batch, whose leading dimensions may have been made one.
         dim: the dimension to cut, counted from the last one.
-        length: what is to be left of it.
+        length: how many tokens remain.
         padding: from :func:`left_padding`.
 
     Returns:

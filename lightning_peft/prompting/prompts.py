@@ -192,12 +192,12 @@ class PromptInput(InputAdapter):
         return text
 
     def _acting(self) -> list["PromptInput"]:
-        """The prompts of the model that act, in their order: each stands before those that came earlier."""
+        """The active prompts of the model, in their order: each stands before the earlier ones."""
         slots: Any = self._reader.module._modules[CHILD]
         return [adapter for adapter in slots.acting() if isinstance(adapter, PromptInput)]
 
     def _moved(self, call: Call, padding: Tensor | None, new: bool) -> dict[str, Tensor]:
-        """Positions behind the virtual tokens, with those of the tokens themselves if they are new."""
+        """Positions behind the virtual tokens, and the virtual tokens' own positions if they are new."""
         moved = {}
         for name, positions in given_positions(call):
             own = torch.arange(self.size, device=positions.device, dtype=positions.dtype)

@@ -28,8 +28,8 @@ from lightning_peft.routing.rows import Assignment, Group, joined, joined_cache,
 def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within the ``with`` block each row of the batch gets its own adapter, of any mix of methods; None is the base.
 
-    The output is that of running each adapter alone on its rows, in training too. What trains stays as it is. With
-    gradient checkpointing, call ``backward`` within the block.
+    The output equals the outputs of each adapter run alone on its rows, in training too. What trains stays as it is.
+    With gradient checkpointing, call ``backward`` within the block.
 
     Args:
         model: the network. The first dimension of what it is called with counts the rows.
@@ -228,7 +228,7 @@ class _RoutedHost:
             self._idle()
 
     def _run(self, group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the host on the rows of ``group`` alone, with its adapter or, where it has none, those of the output."""
+        """Run the host on the rows of ``group`` alone: with its adapter, or else with the adapters of the output."""
         self.current.rows = group.assignment
         if group.name is None:
             self.slots.act_by_row(self.names, self.act)

@@ -33,7 +33,7 @@ class Assignment:
         return len(self.names)
 
     def repeated(self, times: int) -> "Assignment":
-        """That of a batch in which each row has become ``times`` consecutive ones."""
+        """Assignment for a batch whose rows are each repeated ``times`` times."""
         return self._once(times, lambda: Assignment([n for n in self.names for _ in range(times)], self.lengths))
 
     def split(self, apart: frozenset[str]) -> "list[Group]":
@@ -61,7 +61,7 @@ class Assignment:
 
 
 class Group:
-    """Some rows of a batch: those of the adapter ``name``, or, where that is None, those left over."""
+    """Some rows of a batch: the rows of the adapter ``name``; if that is None, the rows left over."""
 
     def __init__(self, name: str | None, rows: Sequence[int], batch: Assignment) -> None:
         self.name, self.rows, self.total, self.lengths = name, list(rows), len(batch), batch.lengths

@@ -1,4 +1,4 @@
-"""What makes a LightningModule carry adapters: when they are attached, and what is checked on the way.
+"""The hooks of a LightningModule with adapters: when they are attached, and the checks on the way.
 
 Lightning's order (see its Trainer): callback.setup, **module.setup**, **configure_model**, module.on_load_checkpoint,
 load_state_dict. A network may be built in any of ``__init__``, ``setup`` and ``configure_model``, so adapters are
@@ -102,7 +102,7 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
             watch.stop()
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; with ``frozen_mode="eval"`` what is frozen stays in eval."""
+        """Set the mode; with ``frozen_mode="eval"`` frozen modules stay in eval."""
         super().train(mode)
         if setup_of(self).frozen_mode == "eval":
             _hold_in_eval(self)
@@ -120,7 +120,7 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
             keep_content(self, checkpoint, "adapter" if searching else setup_of(self).checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Attach what the checkpoint holds, or check that it fits what is attached."""
+        """Attach the checkpoint's adapters, or check that it fits the attached ones."""
         super().on_load_checkpoint(checkpoint)
         if METADATA_KEY in checkpoint:
             _check_resumable(self, checkpoint)
@@ -237,7 +237,7 @@ def _check_resumable(module: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def _hold_in_eval(module: nn.Module) -> None:
-    """Put the frozen base of ``module`` into eval mode: all but itself, the adapters and what is fully trained."""
+    """Put the frozen base of ``module`` into eval mode: all but itself, adapters and fully trained modules."""
     whole: set[int] = {id(module)}
     for _, owner, registry in registries(module):
         for attachment in registry.attachments.values():

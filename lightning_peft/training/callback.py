@@ -27,7 +27,7 @@ class PEFTCallback(L.Callback):
     Args:
         method: what to inject, such as ``LoRA(r=8)``. None, with no ``init_from``, trains the whole model.
         name: the adapter's name. Several callbacks with different names train several adapters together.
-        show: print a table of what is injected, trained and frozen before training starts.
+        show: print the report (injected, trained and frozen parts) before training starts.
         checkpoint: what a ``.ckpt`` holds: ``"adapter"`` alone; ``"merged"``, a full checkpoint with the original keys,
             for use without this library (training cannot be resumed from it); or ``"full"``, base and adapter.
         frozen_mode: the mode of the frozen base while training: ``"train"`` leaves its dropout as the module has it,

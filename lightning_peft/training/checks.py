@@ -68,7 +68,7 @@ class GradientWatch:
 
     Args:
         module: the module with the adapters.
-        optimizers: those that hold their parameters.
+        optimizers: the optimizers that hold their parameters.
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
@@ -90,7 +90,7 @@ class GradientWatch:
         _raise_if_any(self.missing)
 
     def check_stepped(self) -> bool:
-        """The same for the parameters of the optimizers that have made a step; those of others have their time to come.
+        """The same for the parameters of optimizers that have made a step; other optimizers have their turn to come.
 
         Returns:
             Whether nothing is left to watch.

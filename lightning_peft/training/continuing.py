@@ -36,6 +36,6 @@ def continue_adapter(module: nn.Module, path: str | Path, name: str, method: Met
     if method is not None and injection.method.to_config() != method.to_config():
         raise ConfigError(
             f"init_from={str(path)!r} is an adapter of {injection.method}, and PEFTCallback asks for {method}. Leave "
-            "the method out (None) to take that of the file."
+            "the method out (None) to take the file's."
         )
     attach(module, injection)

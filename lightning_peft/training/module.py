@@ -65,7 +65,7 @@ class PEFTModule(L.LightningModule):
         self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that train: those of the adapters, once they are attached."""
+        """The parameters that train: the adapters' own, once they are attached."""
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def merge(self, name: str = "default") -> None:

@@ -63,7 +63,7 @@ def check_comes_back(trainer: L.Trainer) -> None:
 
 
 def make_files_safe(trainer: L.Trainer) -> None:
-    """Let the Trainer write each checkpoint whole or not at all, and check those that it reads."""
+    """Let the Trainer write each checkpoint whole or not at all, and check each one that it reads."""
     outer, io = None, trainer.strategy.checkpoint_io
     while isinstance(io, _WrappingCheckpointIO) and io.checkpoint_io is not None:  # such as AsyncCheckpointIO
         outer, io = io, io.checkpoint_io

@@ -20,7 +20,7 @@ _INITS: tuple[Any, ...] = (None, True, False, "gaussian", "orthogonal", "eva")
 
 @formats(RankedMethod)
 class RankedFormat(PeftFormat):
-    """Ranks are those of the tensors; an alpha is one of those that the method or the config has."""
+    """The shapes of the tensors tell the ranks; alphas come from the method or the config."""
 
     def config(self, method: Any, placements: Sequence[Placement]) -> dict[str, Any]:
         ranks: dict[str, int] = {}

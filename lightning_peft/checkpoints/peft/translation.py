@@ -35,7 +35,7 @@ _HEADS = {
 
 
 def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -> PeftState | None:
-    """How peft has an adapter, those of its modules that are fully trained included; None where it cannot.
+    """How peft has an adapter, fully trained modules included; None where it cannot.
 
     Args:
         method: the adapter's.
@@ -157,10 +157,10 @@ def fill(form: PeftState, tensors: Mapping[str, Tensor], model: nn.Module, exact
     """Put the tensors of a PEFT directory into the adapters of ``form``.
 
     Args:
-        form: what is to be filled.
-        tensors: those of the file.
+        form: the adapter to fill.
+        tensors: the tensors of the file.
         model: the network that peft would wrap.
-        exact: whether parameters have to have the very dtype of those of ``form``, as they do where we wrote them.
+        exact: True if parameters must have the very dtype that they have here, as in files that we wrote.
 
     Raises:
         AdapterKeyError: a tensor is missing, left over, or has another shape or kind; nothing is changed then.

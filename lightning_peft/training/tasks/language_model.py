@@ -38,7 +38,7 @@ class LanguageModel(PEFTModule):
         model: name or path of the pretrained model.
         dropout: probability of the model's own dropout layers, at least 0 and less than 1; None leaves it as it was
             pretrained.
-        gradient_checkpointing: compute every layer again in the backward, in place of keeping what is between them:
+        gradient_checkpointing: compute every layer again in the backward and keep no activations inside of it:
             a third more time, and much less memory for long texts.
         max_new_tokens: how many tokens to write at most, at least 1.
         samples: how many texts to write at the end of a validation, at least 0.

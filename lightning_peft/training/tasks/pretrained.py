@@ -69,7 +69,7 @@ def set_dropout(model: nn.Module, dropout: float | None) -> None:
 
 
 def checkpoint_layers(model: Any) -> None:
-    """Let ``model`` compute each layer again in the backward, in place of keeping what is between its layers.
+    """Let ``model`` compute each layer again in the backward and keep no activations inside of it.
 
     Raises:
         ConfigError: it has no layers that it could do so with.

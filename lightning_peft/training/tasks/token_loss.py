@@ -31,7 +31,7 @@ def next_tokens(labels: Tensor) -> Tensor:
 
 
 def without_first(labels: Tensor, position_ids: Tensor | None = None) -> Tensor:
-    """``labels`` but for those of the first token of each text, which is predicted by none of its tokens.
+    """``labels`` without the first token of each text, which no token of the text predicts.
 
     Behind virtual tokens it could be; but then losses of different methods would be of different tokens.
 
