@@ -1,7 +1,7 @@
 """Adapters that start with values of their own, and adapters that wait for the values of a file.
 
-The start of a method (draw, look up, decompose a weight, ask a tokenizer) is wasted where a file's values come. A method
-whose start is costly, or wants something that need not be there any more, asks :func:`starts`.
+The start of a method (draw, look up, decompose a weight, ask a tokenizer) is wasted where a file brings the values. A
+method whose start is costly, or wants something that need not be there any more, asks :func:`starts`.
 """
 
 from collections.abc import Iterator

@@ -71,19 +71,23 @@ def fitted(method: Method, model: Model) -> Method:
         if isinstance(value, (list, tuple)) and any(isinstance(item, Method) for item in value):
             changes[f.name] = type(value)(fitted(item, model) for item in value)
     method = replace(method, **changes)  # type: ignore[type-var]
-    if "target_modules" in names and not _plans(method, model):
+    if "target_modules" in names and (refusal := _refusal(method, model)):
         pointed = replace(method, target_modules=list(model.targets))  # type: ignore[type-var]
-        return pointed if _plans(pointed, model) else method
+        other = _refusal(pointed, model)
+        # Where it finds no layers and cannot use those that there are, that is the reason to tell.
+        told = isinstance(other, NotApplicableError) and not isinstance(refusal, NotApplicableError)
+        return pointed if other is None or told else method
     return method
 
 
-def _plans(method: Method, model: Model) -> bool:
+def _refusal(method: Method, model: Model) -> PEFTError | None:
+    """Why ``method`` cannot be planned for ``model``; None if it can."""
     task = Task(model.name)
     try:
         method.plan(task, resolve_modules_to_save(task, method.modules_to_save))
-    except PEFTError:
-        return False
-    return True
+    except PEFTError as error:
+        return error
+    return None
 
 
 def run_cell(method: type[Method], model: Model, folder: Path) -> Outcome:
