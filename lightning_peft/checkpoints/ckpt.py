@@ -1,6 +1,5 @@
 """The adapter's part of a checkpoint: its tensors, and the record that lets it be attached and checked again."""
 
-import re
 from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
@@ -15,7 +14,8 @@ from lightning_peft.errors import AdapterNameError, CheckpointError
 from lightning_peft.injection.inject import Injection, attach, plan_injection
 from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 from lightning_peft.injection.registry import registries, registry_of
-from lightning_peft.network.walk import CHILD, join, plain_name
+from lightning_peft.injection.slots import owner_of
+from lightning_peft.network.walk import join, plain_name
 
 METADATA_KEY = "lightning_peft"
 """The key of a ``.ckpt`` under which the record lies."""
@@ -149,9 +149,9 @@ def prepare_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Tensor
     with limit_allocation(model, state.values()):
         injection = plan_injection(model, entries[source], name)
     check_base(model, metadata.get("base"), injection.fully_trained)
-    of_source = re.compile(rf"(^|\.){CHILD}\.{re.escape(source)}(?=[.:])")
     placements = [replace(placement, path=plain_name(placement.path)) for placement in injection.placements]
-    fill_own(placements, {key: value for key, value in state.items() if of_source.search(key)}, source)
+    found = {key: value for key, value in state.items() if (owner := owner_of(key)) and owner[1] == source}
+    fill_own(placements, found, source)
     return injection
 
 

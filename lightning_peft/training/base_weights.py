@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_peft.errors import CheckpointError, did_you_mean
+from lightning_peft.injection.slots import owner_of
 from lightning_peft.network.walk import plain_name
 from lightning_peft.training.files import read_weights
 
@@ -25,7 +26,7 @@ def load_base_weights(module: nn.Module, path: str | Path) -> None:
             f"{did_you_mean(missing[0], weights)} Give the weights of the whole module, under its own names."
         )
     if extra := [name for name in weights if name not in shapes]:
-        adapter = " It is a file of an adapter: give that as ckpt_path." if ".peft." in extra[0] else ""
+        adapter = " It is a file of an adapter: give that as ckpt_path." if owner_of(extra[0]) else ""
         raise CheckpointError(
             f"{where} holds {len(extra)} tensors that {type(module).__name__} does not have, first '{extra[0]}'."
             f"{did_you_mean(extra[0], shapes)}{adapter}"

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_peft.checkpoints.ckpt import adapter_keys
 from lightning_peft.errors import GradientError, OptimizerError, PEFTError
 from lightning_peft.injection.registry import registries
+from lightning_peft.injection.slots import owner_of
 from lightning_peft.network.walk import CHILD, join
 
 
@@ -119,8 +120,8 @@ class GradientWatch:
 def _raise_if_any(missing: Collection[str]) -> None:
     if not missing:
         return
-    adapters = sorted({name.partition(".peft.")[2].partition(".")[0].partition(":")[0] for name in missing})
-    hosts = list(dict.fromkeys(name.partition(".peft.")[0].lstrip(".") for name in missing))
+    owners = [owner for name in missing if (owner := owner_of(name))]
+    adapters, hosts = sorted({name for _, name in owners}), list(dict.fromkeys(host for host, _ in owners))
     raise GradientError(
         f"The adapter {', '.join(map(repr, adapters))} got no gradient at {len(hosts)} of its layers, first "
         f"'{hosts[0]}': the loss does not depend on that layer's output. Leave it out "
@@ -130,14 +131,14 @@ def _raise_if_any(missing: Collection[str]) -> None:
 
 
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of all adapters that train, by their path from ``module`` (with a dot before it)."""
+    """The parameters of all adapters that train, by their names in ``module``."""
     for prefix, _, registry in registries(module):
         for name in registry.attachments:
             for path, adapter in registry.adapters(name):
                 slot = next(slot for slot, child in registry.slots[path].named_children() if child is adapter)
                 for key, parameter in adapter.named_parameters():
                     if parameter.requires_grad:
-                        yield f".{join(prefix, path, CHILD, slot, key)}", parameter
+                        yield join(prefix, path, CHILD, slot, key), parameter
 
 
 def _submodule(owner: nn.Module, path: str) -> nn.Module | None:
