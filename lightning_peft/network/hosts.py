@@ -24,17 +24,14 @@ from lightning_peft.optional import hf_conv1d
 
 
 @dataclass(frozen=True)
-class Host:
-    """One weight of one module of a model."""
+class Weight:
+    """One weight of a module that can be adapted."""
 
-    name: str
-    """What target patterns match: ``encoder.0.self_attn.in_proj``."""
-    path: str
-    """Path of the module whose forward runs: ``encoder.0.self_attn``."""
-    module: nn.Module
-    parameter: str
-    """Path of the weight from the module: ``in_proj_weight``, ``out_proj.weight``."""
     layout: Layout
+    parameter: str = "weight"
+    """Path of the weight from the module: ``in_proj_weight``, ``out_proj.weight``."""
+    name: str = ""
+    """Name below the module; empty where the module itself is meant."""
     weight_only: bool = False
     """True if the module reads this weight in a larger computation, so that only the weight can be adapted."""
     bias: str = ""
@@ -43,6 +40,15 @@ class Host:
     """Where this weight's ``layout.out_features`` entries begin in that bias."""
     owns_output: bool = False
     """True if the module returns a new tensor that nothing else reads, its own backward included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host(Weight):
+    """One weight of one module of a model. Target patterns match its ``name``: ``encoder.0.self_attn.in_proj``."""
+
+    path: str
+    """Path of the module whose forward runs: ``encoder.0.self_attn``."""
+    module: nn.Module
 
     @property
     def weight(self) -> Tensor:
@@ -71,20 +77,6 @@ class Host:
     def part(self) -> str:
         """The part of a slot's name that tells this weight from the module's others; empty for the usual one."""
         return "" if self.parameter == "weight" else self.parameter.replace(".", "_")
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One weight of a module: what :class:`Host` says of it, seen from the module alone."""
-
-    layout: Layout
-    parameter: str = "weight"
-    name: str = ""
-    """Name below the module; empty where the module itself is meant."""
-    weight_only: bool = False
-    bias: str = ""
-    bias_start: int = 0
-    owns_output: bool = False
 
 
 @singledispatch
@@ -195,15 +187,4 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
             owner = parent(weight.parameter)
             if owner:
                 claimed.add(id(module.get_submodule(owner)))
-            name = join(path, weight.name)
-            yield Host(
-                name=name,
-                path=path,
-                module=module,
-                parameter=weight.parameter,
-                layout=weight.layout,
-                weight_only=weight.weight_only,
-                bias=weight.bias,
-                bias_start=weight.bias_start,
-                owns_output=weight.owns_output,
-            )
+            yield Host(**{**vars(weight), "name": join(path, weight.name)}, path=path, module=module)
