@@ -71,6 +71,7 @@ def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tup
             f"The file holds no adapter {missing[0]!r}; it holds {', '.join(repr(name) for _, name in entries)}. "
             "Use the adapter names that the file was written with."
         )
+    # Their own values in the base are never read, and differ wherever a head starts at random.
     fully_trained: list[str] = []
     for (path, name), method in entries.items():
         if (present := attached.get((path, name))) and present.to_config() != method.to_config():
@@ -85,6 +86,7 @@ def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tup
     full = bool(base_keys(model) & state.keys())
     if not full:
         check_base(model, metadata.get("base"), tuple(fully_trained))
+    # Every adapter is planned before one is attached, so that a refusal has nothing to undo.
     planned: list[tuple[nn.Module, Injection]] = []
     views = _views(model, None if full else adapter_keys(model))
     for (path, name), method in entries.items():

@@ -60,6 +60,7 @@ def read_directory(path: str | Path) -> Directory:
         raise CheckpointError(_no_adapter(path))
     manifest, method, trained = None, None, None
     size = sum(map(len, contents.values()))
+    # Checksums first: nothing in a file that was edited is worth an error of its own.
     if MANIFEST in contents:
         manifest = files.from_json(contents.pop(MANIFEST), path / MANIFEST)
         _check_version(path, manifest)

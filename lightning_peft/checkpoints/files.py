@@ -97,6 +97,7 @@ def replace_all(folder: Path, contents: Mapping[str, bytes], stale: Iterable[str
     waiting: dict[str, Path] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # All of it is on the disk before a name changes: a full disk leaves the former files as they were.
         for name, data in contents.items():
             waiting[name] = folder / f".{name}.{uuid.uuid4().hex}"
             with waiting[name].open("xb") as file:

@@ -33,6 +33,7 @@ def fingerprint_tensors(model: nn.Module, part: str = "", fully_trained: Sequenc
     for prefix, _, registry in registries(model):
         left_out.update(join(prefix, key) for key in registry.own_keys())
         tops += [plain_name(join(prefix, path)) for a in registry.attachments.values() for path in a.fully_trained]
+    # By what they stand for, since each package keeps them in its own way.
     weights: dict[str, Quantized] = {}
     for path, module, name, weight in quantized_weights(model):
         biases = {other: p for other, p in module._parameters.items() if p is not None and not is_quantized(p)}
@@ -41,6 +42,7 @@ def fingerprint_tensors(model: nn.Module, part: str = "", fully_trained: Sequenc
         left_out.update(join(path, key) for key in weight.beside)
     if fully_trained is not None:
         tops = [join(part, path) for path in fully_trained]
+    # keep_vars: no copies of the base, only its names and shapes are looked at here.
     state = {
         plain_name(key): weights.get(key, tensor)
         for key, tensor in model.state_dict(keep_vars=True).items()
@@ -118,6 +120,7 @@ def compare(here: Mapping[str, Tensor | Quantized], recorded: Any, model: nn.Mod
                 f"The adapter belongs to another base: '{name}' has shape {list(tensor.shape)} here and {shape} "
                 f"where the adapter was trained. {remedy}"
             )
+        # Names and shapes are all that a base on the meta device has.
         if isinstance(tensor, Tensor) and tensor.is_meta:
             continue
         seen = _sample_of(tensor)

@@ -31,6 +31,7 @@ def check_bounds(value: dict[Any, Any]) -> None:
     Raises:
         CheckpointError: says which.
     """
+    # A list of what is left in place of recursion, which a deep file would exhaust.
     waiting: list[tuple[Any, int, object]] = [(value, 0, "")]
     for _ in range(_CONTAINERS):
         if not waiting:

@@ -84,6 +84,7 @@ def inspect_adapter(path: str | Path, model: nn.Module | None = None) -> Adapter
     manifest, tensors = directory.manifest, directory.tensors
     if directory.trained is not None:  # of peft's file, what was computed for it does not count
         tensors = {**{key: t for key, t in tensors.items() if key != PROMPT}, **directory.trained}
+    # What peft wrote is shown in peft's words.
     config = dict(directory.config) if directory.method is None else directory.method.to_config()
     shapes = manifest["base"]["shapes"] if manifest else None
     return AdapterSummary(

@@ -139,6 +139,7 @@ def _from_manifest(model: nn.Module, directory: Directory, manifest: Mapping[str
     assert method is not None
     fully_trained = manifest["modules_to_save"]
     compare(fingerprint_tensors(model, root, fully_trained), _fingerprint(directory.path, manifest["base"]), model)
+    # The base is right, so a plan that fails now fails for the file's sake.
     with limit_allocation(model, [*directory.tensors.values(), *(directory.trained or {}).values()]):
         injection = _placed_alike(model, found, directory, manifest, method, name)
     placements = _seen_from(root, injection.placements)

@@ -80,6 +80,7 @@ def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
                 f"'{own[0].full_name}' only goes into a weight that is computed (a parametrization: weight_norm). "
                 "Remove the parametrization first, or leave it out: exclude_modules=['parametrizations']."
             )
+        # A fused bias belongs to several layers, of which some may be left out.
         whole = [p.name for p in own if p.part is None]
         parts: dict[str, list[BaseParameter]] = {}
         for p in own:
@@ -87,6 +88,7 @@ def tune(chosen: Sequence[BaseParameter]) -> list[Placement]:
                 parts.setdefault(p.name, []).append(p)
         for name, pieces in parts.items():
             index = torch.cat([torch.arange(*p.part) for p in pieces if p.part]).to(pieces[0].tensor.device)
+            # All of its layers were chosen: a plain copy is cheaper than scattered entries.
             if count(pieces) == pieces[0].tensor.numel():
                 whole.append(name)
             else:

@@ -62,6 +62,7 @@ def fits(value: Any, declared: Any) -> bool:
         return True
     if declared is None or declared is type(None):
         return value is None
+    # Before the plain types: a union has no class to test for.
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
     if origin is Literal:
@@ -76,6 +77,7 @@ def fits(value: Any, declared: Any) -> bool:
     if issubclass(kind, Mapping):
         pairs = inner or (Any, Any)
         return isinstance(value, Mapping) and all(fits(k, pairs[0]) and fits(v, pairs[1]) for k, v in value.items())
+    # Text is a sequence too, and never meant as one.
     if issubclass(kind, (Sequence, Set)):
         return isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes)) and _items_fit(value, inner)
     return isinstance(value, kind)

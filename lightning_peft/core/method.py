@@ -128,6 +128,7 @@ class Method(ABC):
             raise ConfigError(
                 f"There is no method {shown(found)}; methods: {', '.join(known)}.{did_you_mean(shown(found), known)}"
             )
+        # Only registered names are looked up above: a file can name no other class.
         values = {key: value for key, value in config.items() if key != "method"}
         allowed = set(known[name].field_names())
         if unknown := sorted(key if isinstance(key, str) else shown(key) for key in set(values) - allowed):

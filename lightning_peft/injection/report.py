@@ -81,6 +81,7 @@ class Report:
             for (name, reason), count in left_out.items()
         ]
         lines += [Text(note) for note in self.notes]
+        # The one line that everybody looks for, so it stands last.
         total = Text(f"{self.trainable:,} of {self.total:,} parameters train ({self.share:.2%})", style="bold")
         return Group(adapters, parts, *lines, total)
 

@@ -65,6 +65,7 @@ def combine(
     attachments = [registry.attachments[source] for source in weights]
     sources = [_slots(registry, source) for source in weights]
     _check_alike(registry, list(weights), sources)
+    # Copies of the first one's adapters, so that everything that does not mix comes along.
     made = _copies(owner, sources[0])
     for place, adapter in made.items():
         host = owner.get_submodule(place[0])
@@ -74,6 +75,7 @@ def combine(
         except NotApplicableError as error:
             kind = type(attachments[0].method).__name__
             raise NotApplicableError(f"{kind} on '{place[0]}' cannot be combined: {error}") from error
+        # An adapter that diverged, or a weight that is far too large: nothing of that is kept.
         if not all(torch.isfinite(p).all() for p in adapter.parameters()):
             raise NotApplicableError(f"Combining the adapters on '{place[0]}' gives values that are not finite.")
     if method in WHOLE and not any(adapter.low_rank() for adapter in made.values()):
@@ -102,6 +104,7 @@ def _recipe(
     for source, weight in weights.items():
         if not fits(weight, float) or not math.isfinite(weight):
             raise ConfigError(f"combine: the weight of {source!r} must be a finite number, not {weight!r}.")
+    # A density that a method ignores would be a silent mistake.
     if method in SPARSE:
         if density is None or not fits(density, float) or not 0 < density <= 1:
             raise ConfigError(f"combine({method=}) needs density, greater than 0 and at most 1, not {density!r}.")
@@ -120,6 +123,7 @@ def _slots(registry: Registry, name: str) -> Slots:
 
 def _check_alike(registry: Registry, names: Sequence[str], sources: Sequence[Slots]) -> None:
     methods = {name: type(registry.attachments[name].method) for name in names}
+    # Mixing is entry by entry: the same method, hosts and classes everywhere, whatever the values.
     first = names[0]
     for name, slots in zip(names, sources, strict=True):
         if methods[name] is not methods[first]:

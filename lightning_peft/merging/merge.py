@@ -59,6 +59,7 @@ def merged(model: nn.Module, name: str = "default", *, untie: bool = False) -> I
     """
     _, _, registry = find_adapter(model, name)
     folded = _folded(model, name, untie)
+    # Copies of all that changes: the base has to come back bit for bit.
     originals = [(tensor, tensor.detach().clone()) for tensor, _ in folded.values]
     active = registry.active
     configs: list[Any] = []
@@ -101,6 +102,7 @@ def _folded(model: nn.Module, name: str, untie: bool, dequantize: bool = False) 
     places, plain = _places(model), plain_dtype(model) if dequantize else None
     tensors: dict[int, Tensor] = {}
     written: dict[int, dict[str, tuple[str, Tensor]]] = {}  # of each tensor: where it changes; by which host; to what
+    # Host by host: the adapters of one host change each other's weights, those of two hosts only a tied one.
     for path, adapters in _by_host(registry, name).items():
         host = owner.get_submodule(path)
         registry.slots[path].restore(host)
@@ -130,6 +132,7 @@ def _folded(model: nn.Module, name: str, untie: bool, dequantize: bool = False) 
                 )
             tensors[id(tensor)] = tensor
             written.setdefault(id(tensor), {})[where] = path, value
+    # All values are known now, so a tie can be judged by what each of its places would get.
     folded = _Folded([], {})
     for tied, changes in written.items():
         where, (path, first) = next(iter(changes.items()))

@@ -136,6 +136,7 @@ class BottleneckAdapter(TargetedMethod):
         kinds = {"attention": "after_attention", "cross-attention": "after_cross_attention", "ffn": "after_ffn"}
         every = [s for s in find_sublayers(model) if not within(s.output, fully_trained)]
         parts = {kind: {s.output for s in every if s.kind == kind} for kind in kinds}
+        # What is asked for has to be there; a part that the model lacks is no matter unless it was asked for.
         wanted: set[str] = set()
         for kind, field in kinds.items():
             if self.choice(field) and not parts[kind]:
@@ -170,6 +171,7 @@ class BottleneckAdapter(TargetedMethod):
                 f"'{s.block}' does not tell. Use preset='houlsby', or name modules in target_modules."
             )
         f = self._bottleneck(width, model.get_submodule(s.output), batch_dim(model.get_submodule(s.block)))
+        # Four ways to the same formula, by where the block lets something be read and added.
         if reads == "output":
             yield Placement(s.output, BottleneckOutput(s.output, f, width), part)
         elif reads == "sum" and not s.pre:
@@ -215,6 +217,7 @@ class BottleneckOutput(OutputAdapter):
                 f"{'unknown shape' if z is None else tuple(z.shape)}: the block rearranges it in between. "
                 "Use reads='output' (preset='houlsby')."
             )
+        # Told from the last layer inside the module, which need not be the last one that runs.
         dim = self.width.dim
         if z.dim() <= max(dim, 0) or z.shape[dim] != self.width.features:
             raise TargetError(

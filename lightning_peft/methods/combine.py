@@ -64,6 +64,7 @@ class Combine(Method):
             raise self.invalid("methods", "a list of methods, such as [LoRA(r=8), PromptTuning()]")
         if len(self.methods) < 2 or any(isinstance(method, Combine) for method in self.methods):
             raise self.invalid("methods", "a list of two or more methods, none of them Combine")
+        # Two prompts would each take the first positions.
         for kind, count in Counter(method.exclusive for method in self.methods if method.exclusive).items():
             if count > 1:
                 names = [type(method).__name__ for method in self.methods if method.exclusive == kind]

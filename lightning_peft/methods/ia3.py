@@ -67,6 +67,7 @@ class IA3(TargetedMethod):
                     f"Name it to rescale all three: target_modules=[{leaf(mixed)!r}, 'ffn-output']."
                 )
             queries = _fused_queries(hosts, roles["fused"])
+            # A fused layer stands for its keys and values: the rows of the queries are left out when it is built.
             wanted = roles["key"] | roles["value"] | roles["ffn-output"] | roles["fused"]
             if not roles["attention"]:
                 raise NotApplicableError(
@@ -80,6 +81,7 @@ class IA3(TargetedMethod):
         choice = f"exclude_modules={self.exclude_modules!r} and layers={self.layers!r}"
         if not names:
             raise TargetError(f"IA3: {choice} leave no layer to rescale.")
+        # Else it would be silently scaled at its output, or not at all.
         for pattern in each_pattern(self.feedforward_modules):
             if _named(model, pattern).isdisjoint(names):
                 raise TargetError(

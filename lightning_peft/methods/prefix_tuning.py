@@ -93,6 +93,7 @@ class PrefixTuning(Method):
         names = every.narrow(chosen, self.exclude_modules, self.layers)
         if not names:
             raise TargetError("PrefixTuning: exclude_modules, layers and places leave no attention.")
+        # One shift for each module that numbers tokens, however many attentions read its numbers.
         placements: list[Placement] = []
         numbered: dict[str, None] = {}
         trunk: Trunk | None = None
@@ -101,11 +102,13 @@ class PrefixTuning(Method):
             block, attention = chosen[name]
             path, features = _host(model, attention, hosts)
             like, width = next(model.get_submodule(path).parameters()), hosts[attention.linears[0]].layout.in_features
+            # On the first attention: the hooks of the others run later, and an adapter has to lie somewhere.
             if self.prefix_projection and trunk is None:
                 trunk = Trunk(self, width, like)
                 placements.append(Placement(path, trunk, "mlp"))
             prefix = Prefix(self, features, like, trunk)
             placements += self._on(model, path, attention.cross, prefix, width)
+            # A cross-attention reads the encoder's tokens, which keep their numbers.
             if not attention.cross and not (encodes and len(block.attentions) == 1):
                 numbered.update(dict.fromkeys(positions_above(model, block.path)))
         for path in numbered:

@@ -93,6 +93,7 @@ class SelectiveTuning(TargetedMethod):
         choosing = ["target_modules", "layers", "parameters", "parameter_types", "density"]
         if self.token_ids is None:  # of rows alone, exclude_modules says where they stay as they are
             choosing.append("exclude_modules")
+        # Rows of tokens alone are a choice too, and then nothing else trains.
         chosen: list[BaseParameter] = []
         if any(getattr(self, name) is not None for name in choosing):
             kinds = self.parameter_types
@@ -118,10 +119,12 @@ class SelectiveTuning(TargetedMethod):
                     f"{len(table.tensor)} rows. Enlarge it first (resize_token_embeddings)."
                 )
             rows = tune_rows(places, self.token_ids)
+            # A table whose rows train is not trained whole beside them.
             chosen = [p for p in chosen if p.tensor is not table.tensor]
         matrices = {p for p in chosen if not p.kinds.isdisjoint(("weight", "embedding"))}
         sparse = [p for p in chosen if p in matrices and self.density is not None]
         whole = [p for p in chosen if p not in matrices or self.density is None]
+        # Everything would be full fine-tuning, with a second copy of the model.
         if not rows and not sparse and count(whole) == count(outside(find_parameters(model), fully_trained)):
             raise TargetError(
                 f"SelectiveTuning would train every parameter of {type(model).__name__}: choose fewer, or, for full "
@@ -135,6 +138,7 @@ class SelectiveTuning(TargetedMethod):
         placements: list[Placement] = []
         for p in chosen:
             k = max(1, round((self.density or 0) * p.tensor.numel()))
+            # Its entries are found while it trains: until then each place has an adapter of its own.
             if self.score == "fisher":
                 if other := next((q for q in chosen if q.tensor is p.tensor and q is not p), None):
                     raise NotApplicableError(

@@ -58,6 +58,7 @@ def find_blocks(hosts: Sequence[Host]) -> list[Block]:
     anchors = named["fused"] | {
         q for q in named["query"] if _siblings(q, named["key"]) and _siblings(q, named["value"])
     }
+    # An attention ends where its output is found; some have it one module further out.
     scopes = dict.fromkeys(_climb(parent(name), linears, projections) for name in linears if name in anchors)
     inside = {scope: tuple(name for name in linears if within(name, [scope])) for scope in scopes}
     attended = {name for names in inside.values() for name in names}

@@ -102,6 +102,7 @@ def _by_calls(found: dict[Sublayer, set[str]], norms: Sequence[str], trace: "Blo
         return []
     # The norms before, between and behind the sublayers; those inside of one normalise queries and the like.
     gaps = [[n for n in trace.calls[a + 1 : b] if n in norms] for a, b in zip(edges[::2], edges[1::2], strict=True)]
+    # How many norms stand before, between and behind tells the kind of block.
     sizes = [len(gap) for gap in gaps]
     between = set(sizes[1:-1])
     told: list[tuple[str, str, bool | None]]

@@ -45,6 +45,7 @@ def select_hosts(
         taken=[host.name for host in every if within(host.name, fully_trained)],
         kinds=kinds,
     )
+    # By structure, not by name: the head and the output embedding of a language model stay as they are.
     if targets == ALL_LINEAR:
         head = outside_base(model)
         chosen = {host.name for host in hosts if host.linear and not within(host.name, head)}
@@ -143,12 +144,14 @@ def select_parameters(
     vocabulary = _layers_of(model, every, free, fully_trained)
     candidates = [p for p in free if kinds is None or not p.kinds.isdisjoint(kinds)]
     what = "parameter" if kinds is None else " or ".join(sorted(kinds))
+    # Told before any pattern is read: no pattern could help.
     if not candidates:
         elsewhere = any(kinds is None or not p.kinds.isdisjoint(kinds) for p in every)
         raise NotApplicableError(
             f"{name}: {type(model).__name__} has no {what} to train"
             f"{' but those that modules_to_save trains' if elsewhere else ''}. Choose another method, such as LoRA."
         )
+    # Apart from the layers: a tied parameter is chosen with its twin in another layer, but never in an excluded one.
     allowed = set(vocabulary.narrow(vocabulary.names, exclude))
     if targets is None:
         heads = task_heads(model)
@@ -164,6 +167,7 @@ def select_parameters(
                     f"'{candidates[-1].layer}'."
                 )
             chosen |= matched
+    # Indices count among all layers, so that what else is excluded does not renumber them.
     chosen &= allowed if layers is None else allowed & in_layers(layers, vocabulary.names)
     result = {p for p in _called(candidates, free, names) if p.layer in chosen}
     if not result:
@@ -172,6 +176,7 @@ def select_parameters(
             f"target_modules={targets!r}, exclude_modules={exclude!r}, layers={layers!r}"
             f"{'' if names is None else f' or parameters={list(names)!r}'}."
         )
+    # Last, so that quantized layers beside the chosen ones are no error.
     for p in result:
         check_trainable(p.tensor, p.full_name)
     tied = {id(p.tensor) for p in result if p.part is None}

@@ -115,6 +115,7 @@ def attend(
     if name not in _KNOWN:
         raise NotApplicableError(_unknown(module, name))
     function = _functions.get_interface(name, prefixes[0]._eager)
+    # A causal kernel without a mask would hide the prefix from the first tokens.
     attention_mask = _explicit(module, query, key, attention_mask, name, kwargs.get("is_causal"))
     ahead = 0
     for prefix in reversed(prefixes):
@@ -122,6 +123,7 @@ def attend(
         before, length = keys.shape[2], key.shape[2]
         ahead += before
         key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
+        # Every token sees the whole prefix.
         if attention_mask is not None:
             attention_mask = F.pad(attention_mask[..., :length], (before, 0), value=attention_mask.dtype == torch.bool)
         if kwargs.get("position_bias") is not None:

@@ -103,6 +103,7 @@ def _attend(host: nn.MultiheadAttention, call: _Call) -> tuple[Tensor, Tensor | 
     if host.add_zero_attn:
         zero = k.new_zeros(1, 1, k.shape[-1])
         k, v, behind = _append(k, zero), _append(v, zero), behind + 1
+    # In front of all keys: bias_k and the zero stand behind them.
     before = 0
     for keys, values in call.prefixes:
         before += keys.shape[-2]
@@ -113,6 +114,7 @@ def _attend(host: nn.MultiheadAttention, call: _Call) -> tuple[Tensor, Tensor | 
         mask = F.pad(mask, (before, behind))
     dropout = host.dropout if host.training else 0.0
     weights = None
+    # Torch's kernel returns no weights, so they are computed where the caller wants them.
     if given.get("need_weights", True):
         scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
         weights = (scores if mask is None else scores + mask).softmax(-1)

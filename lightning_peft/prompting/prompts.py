@@ -99,6 +99,7 @@ def _place_prompt(
         check_room(name, size, table, module)
     vectors, lengths, plain = Tap(), Tap(), Tap()
     room = min(((free, table) for table, module in tables if (free := free_positions(module))), default=None)
+    # Their order is that of one call: the model's own arguments, its embedding, its outputs.
     placements = [
         Placement(at, PromptInput(prompt, size, pretrained, vectors, lengths, room)),
         Placement(

@@ -57,6 +57,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
                 f"'{path}' ({type(module).__name__}) has batch_first=False, so the first dimension does not count the "
                 "rows of a batch. Set batch_first=True, or run the adapters one by one: with active(model, name)."
             )
+    # One object for all hosts: below a host that runs by adapter it holds the rows of that adapter alone.
     current = _Route(names)
     with ExitStack() as stack:
         for _, owner, registry in found:
@@ -145,6 +146,7 @@ class _RoutedHost:
         self.host, self.slots, self.current = host, slots, current
         self.where = f"'{path}'" if path else f"the {type(host).__name__}"
         self.outputs: dict[str, tuple[OutputAdapter, ...]] = {}
+        # What acts before the host or on its weights cannot act on some rows of one call.
         apart: list[str] = []
         for name in names:
             before, after, weights = slots.of(name)
@@ -217,6 +219,7 @@ class _RoutedHost:
                 calls.append((*own, *named.values()))
                 output = self._run(group, *(_swap_state(own, named) if recurrent else (own, named)))
                 parts.append((output[0], swapped(output[1])) if recurrent else output)
+            # A cache is handed on by reference, so the joined one has to be the caller's object.
             for cache, *caches in zip((*args, *kwargs.values()), *calls, strict=True):
                 if is_cache(cache):
                     vars(cache).update(vars(joined_cache(caches, groups, self.where)))

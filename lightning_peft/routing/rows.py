@@ -140,6 +140,7 @@ def joined(parts: Sequence[Any], groups: Sequence[Group], where: str) -> Any:
         if any(len(part) != len(first) for part in parts):
             raise _unlike(where, parts)
         return _like(first, [joined(items, groups, where) for items in zip(*parts, strict=True)])
+    # A cache that cannot be joined is an error only for whoever asks for it: many callers never do.
     if is_cache(first):
         try:
             return joined_cache(parts, groups, where)

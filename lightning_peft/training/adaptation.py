@@ -205,6 +205,7 @@ def inject_pending(module: L.LightningModule) -> None:
         # A plugin that replaces layers (BitsandbytesPrecision) would do so in strategy.setup, and drop their adapters.
         trainer.precision_plugin.convert_module(module)
     check_still_there(module)
+    # A module may be set up again for every stage, with its adapters already there.
     own = registry_of(module)
     attached = own.attachments if own else {}
     for name in attached.keys() & setup.methods.keys():

@@ -31,6 +31,7 @@ def load_base_weights(module: nn.Module, path: str | Path) -> None:
             f"{where} holds {len(extra)} tensors that {type(module).__name__} does not have, first '{extra[0]}'."
             f"{did_you_mean(extra[0], shapes)}{adapter}"
         )
+    # Checked whole before a value is loaded.
     for name, shape in shapes.items():
         if weights[name].shape != shape:
             raise CheckpointError(

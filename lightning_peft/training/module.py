@@ -141,6 +141,7 @@ def load_from_checkpoint(
             f"{cls.__name__} has no network to load the adapter into: Lightning runs no setup() when it loads. Build "
             "it in __init__ or in configure_model()."
         )
+    # Before the adapters are attached, whose fingerprint speaks of these weights.
     if base_weights is not None:
         load_base_weights(module, base_weights)
     state: dict[str, Tensor] = checkpoint["state_dict"]

@@ -47,6 +47,7 @@ class RankedFormat(PeftFormat):
         r, alpha = file.whole(table.fields["r"], 8), file.number(table.fields["alpha"], 8)
         rank_pattern, alpha_pattern = file.patterns("rank_pattern"), file.patterns("alpha_pattern")
         ranks = {path: tensor.shape[0] for path, tensor in file.hosts(*table.rank).items()}
+        # The config's word is checked against the tensors, since peft would refuse such a file.
         for path, found in ranks.items():
             if found != pattern_value(rank_pattern, path, r):
                 raise CheckpointError(

@@ -201,6 +201,7 @@ def _check_targets(
     indices = [indices] if type(indices) is int else indices
     if not (indices is None or (isinstance(indices, list) and all(type(index) is int for index in indices))):
         raise CheckpointError(f"{CONFIG}: layers_to_transform must be a list of indices, not {indices!r}.")
+    # Patterns of a file are regular expressions that anybody may have written.
     try:
         meant = _match(config, "target_modules", paths) - _match(config, "exclude_modules", paths)
         if indices:
