@@ -122,7 +122,7 @@ def test_the_table_of_a_plain_network_is_named_or_the_only_one() -> None:
     tables = nn.ModuleDict({"words": nn.Embedding(9, 4), "places": nn.Embedding(9, 3)})
     assert inject(tables, SelectiveTuning(token_ids=[0, 8], target_modules=["words"])).trainable == 8
     remove(tables)
-    with pytest.raises(TargetError, match="tokens could be those of 'words', 'places': name one of them"):
+    with pytest.raises(TargetError, match="tokens could belong to 'words', 'places': name one of them"):
         inject(tables, SelectiveTuning(token_ids=[0]))
     assert inject(nn.Embedding(9, 4), SelectiveTuning(token_ids=[0])).trainable == 4
     with pytest.raises(NotApplicableError, match="Linear has no embedding whose rows could train"):
