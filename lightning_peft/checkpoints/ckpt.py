@@ -15,7 +15,7 @@ from lightning_peft.injection.inject import Injection, attach, plan_injection
 from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 from lightning_peft.injection.registry import registries, registry_of
 from lightning_peft.injection.slots import owner_of
-from lightning_peft.network.walk import join, plain_name
+from lightning_peft.network.walk import join, plain_name, within
 
 METADATA_KEY = "lightning_peft"
 """The key of a ``.ckpt`` under which the record lies."""
@@ -82,6 +82,12 @@ def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tup
                 "Load it into the class it was trained in."
             )
         fully_trained += [join(path, top) for top in resolve_modules_to_save(modules[path], method.modules_to_save)]
+    owners = {path for path, _ in entries}
+    if nested := sorted(path for path in owners if within(path, owners - {path})):
+        raise CheckpointError(
+            f"The '{METADATA_KEY}' record of this file is damaged: '{nested[0]}' is inside of another module with "
+            "adapters of its own. All adapters of a network are injected on the same module."
+        )
     _check_mapping(state)
     full = bool(base_keys(model) & state.keys())
     if not full:
@@ -112,7 +118,7 @@ def _views(model: nn.Module, keys: Set[str] | None) -> dict[str, TensorView]:
     """The tensors of ``model`` under ``keys`` by their names in files; all of them if None."""
     own = adapter_keys(model)
     return {
-        plain_name(key): TensorView((tensor,), trained=key in own and isinstance(tensor, nn.Parameter))
+        plain_name(key): TensorView((tensor,), trained=key in own and isinstance(tensor, nn.Parameter), own=key in own)
         for key, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor) and (keys is None or key in keys)
     }

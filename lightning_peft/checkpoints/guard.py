@@ -17,7 +17,8 @@ _DEPTH = 64
 _CONTAINERS = 200_000
 _BITS = 4096  # random generators have states of 128; Python refuses to print more than some 14,000
 _UNFOLDED = 2**26  # bytes of a tensor that repeats its own elements
-_SPARE = 2**16  # elements that a plan may create beside its adapters, such as positions
+_LEAST = 1024  # what a tensor counts at the least: a file could ask for a billion small ones
+_SPARE = 2**24  # elements that a plan may create beside its adapters: positions, or what comes from a seed
 
 _SIZED = frozenset({"expand", "repeat", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros"})
 """Torch's functions of a tensor that take a size; the lists of other functions hold dimensions."""
@@ -67,10 +68,10 @@ def limit_allocation(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]
     Raises:
         CheckpointError: a tensor, or all together, would be larger than ``tensors``.
     """
-    held = sum(tensor.numel() for tensor in tensors if isinstance(tensor, Tensor))
+    held = sum(max(tensor.numel(), _LEAST) for tensor in tensors if isinstance(tensor, Tensor))
     base = [tensor.numel() for tensor in model.state_dict(keep_vars=True).values() if _counted(tensor)]
     # A file may hold a seed alone, from which tensors as large as layers are drawn.
-    with for_a_file(), _Allowance(one=max(held, *base, 0) + _SPARE, together=max(4 * held, sum(base)) + _SPARE):
+    with for_a_file(), _Allowance(one=max(held, *base, 0) + _SPARE, together=4 * max(held, sum(base)) + _SPARE):
         yield
 
 
@@ -109,13 +110,13 @@ class _Allowance(TorchDispatchMode):
         if torch.device((kwargs or {}).get("device") or "cpu").type == "meta":
             sized = fresh = False  # no memory at all
         sizes = [math.prod(arg) for arg in args if sized and isinstance(arg, (list, tuple)) and _whole(arg)]
-        if max(sizes, default=0) > self.one or (fresh and sum(sizes) > self.left):
+        if max(sizes, default=0) > self.one or (fresh and sizes and max(sum(sizes), _LEAST) > self.left):
             raise CheckpointError(
                 f"The adapters that the file describes need a tensor of {max(sizes)} elements, more than the file "
-                "holds: its record is damaged, or was edited. Use another copy."
+                "holds, or far more tensors: its record is damaged, or was edited. Use another copy."
             )
         if fresh:
-            self.left -= sum(sizes)
+            self.left -= sum(max(size, _LEAST) for size in sizes)
         return func(*args, **(kwargs or {}))
 
 

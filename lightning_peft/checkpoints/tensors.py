@@ -22,6 +22,8 @@ class TensorView:
     """The dimension along which the parts lie side by side."""
     trained: bool = True
     """True if these are parameters, and no buffers."""
+    own: bool = True
+    """True if these are an adapter's, and no tensors of the base."""
 
     @property
     def shape(self) -> list[int]:
@@ -136,7 +138,7 @@ def _check_tensor(key: str, found: Any, view: TensorView, exact: bool) -> None:
             f"'{key}' is {kind} in the file and must be {must}: it is damaged, was changed after it was saved, or "
             "belongs to a base of another precision."
         )
-    if view.trained and found.is_floating_point() and not found.isfinite().all():
+    if view.own and found.is_floating_point() and not found.isfinite().all():
         raise CheckpointError(
             f"'{key}' holds NaN or infinite values: the training that wrote the file had diverged. Use an earlier "
             "checkpoint."

@@ -20,7 +20,6 @@ from lightning_peft.core.adapter import Adapter, OutputAdapter, adapter_dtype
 from lightning_peft.core.fields import Probability
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.recipes import LowRank, Recipe
-from lightning_peft.errors import NotApplicableError
 from lightning_peft.kernels.low_rank import plain_update, update_
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
@@ -70,15 +69,9 @@ class LowRankMethod(RankedMethod):
 
     def build(self, host: Host, shared: Any) -> Adapter:
         r, scale = self.rank_of(host), self.scale_of(host)
-        if not host.weight_only:
-            return self.build_output(host, r, scale)
-        if self.dropout:
-            raise NotApplicableError(
-                f"{type(self).__name__}.dropout={self.dropout} cannot act on '{host.name}': "
-                f"{type(host.module).__name__} reads that weight itself, so there is no input to drop from. "
-                "Set dropout=0 or exclude it (exclude_modules)."
-            )
-        return self.build_weight(host, r, scale)
+        self.check_input(host, "dropout")
+        build = self.build_weight if host.weight_only else self.build_output
+        return build(host, r, scale)
 
 
 class LowRankFactors(Adapter):

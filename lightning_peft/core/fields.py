@@ -4,8 +4,8 @@
 the command shows it, and what fields have to fulfil together is left to the method's ``__post_init__``.
 """
 
-import math
 import reprlib
+import sys
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -25,10 +25,12 @@ class Must:
         return self.words
 
 
-Count = Annotated[int, Must("at least 1 and whole", lambda n: n >= 1)]
+_LARGEST = sys.float_info.max  # whole numbers can be larger
+Count = Annotated[int, Must("at least 1 and whole", lambda n: 1 <= n < 2**63)]
 Probability = Annotated[float, Must("a probability: at least 0, less than 1", lambda p: 0 <= p < 1)]
-Positive = Annotated[float, Must("a number greater than 0", lambda x: 0 < x < math.inf)]
-NotNegative = Annotated[float, Must("a number, at least 0", lambda x: 0 <= x < math.inf)]
+Finite = Annotated[float, Must("a finite number", lambda x: abs(x) <= _LARGEST)]
+Positive = Annotated[float, Must("a number greater than 0", lambda x: 0 < x <= _LARGEST)]
+NotNegative = Annotated[float, Must("a number, at least 0", lambda x: 0 <= x <= _LARGEST)]
 Patterns = Annotated[
     list[str] | str | None,
     Must("a non-empty string or a list of them", lambda v: v is None or (v != "" and all(v))),

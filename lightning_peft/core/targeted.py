@@ -10,7 +10,7 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.fields import Layers, Patterns
 from lightning_peft.core.method import Method, Placement, Plan
-from lightning_peft.errors import ConfigError
+from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.parameters import BaseParameter, unknown_weights
 from lightning_peft.network.targets import ALL_LINEAR, select_hosts, select_parameters
@@ -84,6 +84,19 @@ class LayerMethod(TargetedMethod):
             ConfigError: a field has a value that this host cannot take, such as a block larger than the layer.
             NotApplicableError: the method cannot work on this kind of host.
         """
+
+    def check_input(self, host: Host, field: str) -> None:
+        """Raise if ``field`` is set, which drops features of an input, and the host has no input of its own.
+
+        Raises:
+            NotApplicableError: names the host.
+        """
+        if host.weight_only and getattr(self, field):
+            raise NotApplicableError(
+                f"{type(self).__name__}.{field}={getattr(self, field)} cannot act on '{host.name}': "
+                f"{type(host.module).__name__} reads that weight itself, so there is no input to drop from. "
+                f"Set {field}=0 or exclude it (exclude_modules)."
+            )
 
     def notes(self, hosts: Sequence[Host]) -> list[str]:
         """Lines for the report, on settings that are allowed and perhaps not meant."""

@@ -1,6 +1,6 @@
 """Folding an adapter into the base weights, for good or for a while."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +111,9 @@ def _folded(model: nn.Module, name: str, untie: bool, dequantize: bool = False) 
         changed: dict[str, Tensor] = {}
         try:
             for adapter in _in_order(adapters):
-                _check_order(registry.slots[path], name, adapter)
-                changed.update(adapter.merge(values))
+                made = adapter.merge(values)
+                _check_order(registry.slots[path], name, adapter, made.keys())
+                changed.update(made)
                 values.update(changed)
         except NotMergeableError as error:
             method = type(registry.attachments[name].method).__name__
@@ -200,20 +201,27 @@ class _Widened(dict[str, Tensor]):
         return self[key]
 
 
-def _check_order(slots: AdapterSlots, name: str, adapter: Adapter) -> None:
-    """Refuse to merge what would then act before another adapter that it acts after, or the other way round."""
+def _check_order(slots: AdapterSlots, name: str, adapter: Adapter, changed: Set[str]) -> None:
+    """Refuse to merge what would then act before another adapter that it acts after, or be replaced by it.
+
+    Args:
+        slots: the adapters of the host.
+        name: the merged adapter's.
+        adapter: one of its parts on the host.
+        changed: names of the parameters that it changes.
+    """
     acting = [*slots.active, name]
     for slot, other in slots.named_children():
         if (owner := adapter_name(slot)) not in slots.active or owner == name or not isinstance(other, Adapter):
             continue
-        if _depends(adapter, other, first=acting.index(owner) < acting.index(name)):
+        if _depends(adapter, other, changed, first=acting.index(owner) < acting.index(name)):
             raise NotMergeableError(
                 f"the adapter {owner!r} acts there too, and the order of the two would change. Merge {owner!r} first, "
                 f"or activate(model, {name!r})."
             )
 
 
-def _depends(adapter: Adapter, other: Adapter, first: bool) -> bool:
+def _depends(adapter: Adapter, other: Adapter, changed: Set[str], first: bool) -> bool:
     """True if folding ``adapter`` into the weights changes what it makes together with ``other`` (which acts first)."""
     if other.uses_base_weight:
         return True
@@ -221,6 +229,8 @@ def _depends(adapter: Adapter, other: Adapter, first: bool) -> bool:
         return False
     if isinstance(adapter, WeightAdapter) and isinstance(other, WeightAdapter):
         return first and not set(adapter.names).isdisjoint(other.names)
+    if isinstance(other, WeightAdapter):  # what it makes of the merged weight, or puts in its place
+        return adapter.uses_base_weight or not changed.isdisjoint(other.names)
     if isinstance(adapter, InputAdapter):  # an output adapter reads what the input adapters have made
         return isinstance(other, OutputAdapter) or (isinstance(other, InputAdapter) and not first)
     return first and isinstance(adapter, OutputAdapter) and isinstance(other, OutputAdapter)
@@ -231,8 +241,7 @@ def _in_order(adapters: list[Adapter]) -> list[Adapter]:
     weights, outputs, inputs = (
         [a for a in adapters if isinstance(a, kind)] for kind in (WeightAdapter, OutputAdapter, InputAdapter)
     )
-    rest = [a for a in adapters if not isinstance(a, (WeightAdapter, OutputAdapter, InputAdapter))]
-    return [*weights, *outputs, *reversed(inputs), *rest]
+    return [*weights, *outputs, *reversed(inputs)]  # others act through these
 
 
 def _by_host(registry: Registry, name: str) -> dict[str, list[Adapter]]:

@@ -21,7 +21,7 @@ from lightning_peft.core.targeted import LayerMethod
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.network.calls import first_input, with_first_input
 from lightning_peft.network.hosts import Host
-from lightning_peft.network.layouts import EmbeddingLayout, Layout, TransposedLayout
+from lightning_peft.network.layouts import EmbeddingLayout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,6 @@ class OFT(LayerMethod):
             "num_cayley_neumann_terms": "num_cayley_neumann_terms",
         },
         tensors={"oft_R": "oft_R.weight"},
-        layouts=(Layout, TransposedLayout),
         harmless=("module_dropout", "eps", "init_weights"),  # they act in training, and before it
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.components.delta import Delta, DeltaOutput, DeltaWeight
 from lightning_peft.core.adapter import Adapter, Reference, adapter_dtype
-from lightning_peft.core.fields import Count, Must, Probability
+from lightning_peft.core.fields import Count, Finite, Must, Probability
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.core.targeted import LayerMethod
 from lightning_peft.errors import NotApplicableError
@@ -51,11 +51,11 @@ class VeRA(LayerMethod):
 
     r: Count = 256
     """Rows of A."""
-    projection_prng_key: Annotated[int, Must("a whole number, at least 0", lambda n: n >= 0)] = 0
+    projection_prng_key: Annotated[int, Must("a whole number from 0 to 2**63", lambda n: 0 <= n < 2**63)] = 0
     """Seed of A and B."""
     save_projection: bool = True
     """Store A and B in files, which are then safe from a change of torch's generator."""
-    d_initial: float = 0.1
+    d_initial: Finite = 0.1
     """What d starts from."""
     dropout: Probability = 0.0
     """Probability of dropping an input feature of A."""
@@ -66,6 +66,7 @@ class VeRA(LayerMethod):
     def build(self, host: Host, shared: Any) -> Adapter:
         if isinstance(host.layout, EmbeddingLayout):
             raise NotApplicableError(f"VeRA cannot adapt '{host.name}': A would be as wide as its vocabulary.")
+        self.check_input(host, "dropout")
         return (VeRAWeight if host.weight_only else VeRAOutput)(self, host, shared)
 
 
@@ -81,8 +82,9 @@ class Projections(Adapter):
         sizes = [max(getattr(h.layout, side) for h in hosts) for side in ("in_features", "out_features")]
         for name, shape in {"A": (method.r, sizes[0]), "B": (sizes[1], method.r)}.items():
             bound = math.sqrt(6 / shape[1])  # He et al., 2015
-            drawn = torch.empty(shape).uniform_(-bound, bound, generator=generator).to(hosts[0].weight.device)
-            self.register_buffer(name, drawn, persistent=method.save_projection)
+            # The same numbers under every default dtype and device.
+            drawn = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
+            self.register_buffer(name, drawn.to(hosts[0].weight.device), persistent=method.save_projection)
 
 
 class _Vectors(Delta):

@@ -5,8 +5,7 @@ how the two halves of a low-rank product act on the layer's input and output. A 
 fits) and one function registered with :func:`weights_of`.
 """
 
-import copy
-from collections import OrderedDict
+import dis
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import singledispatch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.network.calls import code_names
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
 from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import base_modules, join, parent
@@ -100,33 +100,31 @@ def _(module: nn.Linear) -> tuple[Weight, ...]:
 def _(module: nn.Embedding) -> tuple[Weight, ...]:
     scale = _output_scale(module)
     layout = EmbeddingLayout(
-        module.embedding_dim, module.num_embeddings, module.padding_idx, module.scale_grad_by_freq, scale or 1.0
+        module.embedding_dim,
+        module.num_embeddings,
+        module.padding_idx,
+        module.scale_grad_by_freq,
+        1.0 if scale is None else scale,
     )
     return (Weight(layout, weight_only=scale is None),)
 
 
-@torch.no_grad()
 def _output_scale(module: nn.Embedding) -> float | None:
-    """The number by which an embedding multiplies what it has looked up; None where it does something else with it.
+    """The number by which an embedding multiplies what it has looked up; None where it may do something else with it.
 
-    A subclass of ``nn.Embedding`` may do anything in its forward, so it is tried: a copy whose table is one row of ones
-    looks that row up.
+    A subclass may do anything in its forward, which is read and not run: it has to be one product of the looked-up rows
+    and one number that the module holds, such as ``embed_scale`` of transformers' classes.
     """
-    if type(module).forward is nn.Embedding.forward or is_quantized(module.weight):
+    kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
+    if kinds[0] is nn.Embedding or is_quantized(module.weight):
         return 1.0
-    twin = copy.copy(module)
-    like = {"dtype": module.weight.dtype, "device": "cpu"}
-    ones = nn.Parameter(torch.ones(1, module.embedding_dim, **like), requires_grad=False)  # type: ignore[call-overload]
-    vars(twin).update(_parameters={"weight": ones}, _modules={}, num_embeddings=1, padding_idx=None, max_norm=None)
-    for table in ("_forward_hooks", "_forward_pre_hooks"):
-        vars(twin)[table] = OrderedDict()
-    try:
-        vars(twin)["_buffers"] = {name: None if b is None else b.detach().cpu() for name, b in module._buffers.items()}
-        y = type(twin).forward(twin, torch.zeros(1, 1, dtype=torch.long))
-    except Exception:  # it wants something else than indices, is on the meta device, ...
+    products = [step.argrepr for step in dis.get_instructions(vars(kinds[0])["forward"]) if step.opname == "BINARY_OP"]
+    used = [name for name in code_names(module) if name not in ("super", "forward", "to", "weight", "dtype")]
+    scale = getattr(module, used[0], None) if len(used) == 1 else None
+    number = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1 and not scale.is_meta)
+    if kinds[1] is not nn.Embedding or products != ["*"] or not number:
         return None
-    plain = isinstance(y, Tensor) and y.shape == (1, 1, module.embedding_dim) and bool((y == y.flatten()[0]).all())
-    return float(y.flatten()[0]) if plain else None
+    return float(torch.as_tensor(scale, dtype=module.weight.dtype))
 
 
 @weights_of.register(nn.Conv1d)

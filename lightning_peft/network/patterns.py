@@ -106,7 +106,7 @@ class Vocabulary:
     def _known(self, pattern: str) -> str:
         """A sentence on what could have been meant: near names if there are any, else every name there is."""
         parts = self.kinds or {part: "" for name in self.names for part in name.split(".") if not part.isdigit()}
-        if near := did_you_mean(pattern, [*parts, *self.words]):
+        if near := did_you_mean(pattern, [*parts, *([] if self.kinds else self.words)]):
             return near
         if not parts:
             return " It has no linear, convolution, embedding or attention layer."

@@ -80,7 +80,12 @@ def select_modules(
     hosts = list(find_hosts(model))
     runs = {path: path for path, module in base_modules(model) if any(True for _ in module.parameters())}
     runs.update({host.name: host.path for host in hosts})
-    vocabulary = Vocabulary(runs, find_roles(hosts), kinds=dict.fromkeys(map(leaf, runs), ""), noun="module")
+    vocabulary = Vocabulary(
+        runs,
+        find_roles(hosts),
+        kinds={leaf(name): "" for name in runs if name and not leaf(name).isdigit()},
+        noun="module",
+    )
     left = vocabulary.narrow(vocabulary.find(targets), exclude, layers)
     inside = [runs[name] for name in left if not within(runs[name], fully_trained)]
     if not inside:

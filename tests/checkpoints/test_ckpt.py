@@ -10,7 +10,7 @@ import torch
 from snapshot import Snapshot, assert_identical
 from torch import nn
 
-from lightning_peft import LoRA, PrefixTuning, inject
+from lightning_peft import LoRA, PrefixTuning, VeRA, inject
 from lightning_peft.checkpoints.ckpt import (
     METADATA_VERSION,
     adapter_keys,
@@ -305,3 +305,24 @@ def test_two_prefixes_of_one_file_act_together_as_they_did() -> None:
     attach_metadata(fresh, metadata(trained), adapter_state(trained))
     fresh.load_state_dict(adapter_state(trained))
     assert_identical(fresh["attention"](x, x, x)[0], expected)
+
+
+def test_adapters_on_a_module_and_on_one_inside_of_it_are_refused() -> None:
+    outer, inner, fresh = (nn.ModuleDict({"net": nn.ModuleDict({"fc": nn.Linear(4, 4)})}) for _ in range(3))
+    inject(outer, LoRA(r=2), "a")
+    inject(inner["net"], LoRA(r=2), "b")
+    both = {**metadata(outer), "adapters": {**metadata(outer)["adapters"], **metadata(inner)["adapters"]}}
+    before = Snapshot(fresh)
+    with pytest.raises(CheckpointError, match="'net' is inside of another module with adapters"):
+        attach_metadata(fresh, both, adapter_state(outer) | adapter_state(inner))
+    before.assert_same(fresh)
+
+
+def test_what_is_no_number_is_refused_in_buffers_too() -> None:
+    trained, fresh = (nn.ModuleDict({"fc": nn.Linear(4, 4)}) for _ in "ab")
+    fresh.load_state_dict(trained.state_dict())
+    inject(trained, VeRA(r=2))
+    state = {key: tensor.clone() for key, tensor in adapter_state(trained).items()}
+    next(tensor for key, tensor in state.items() if key.endswith(".A")).fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        attach_metadata(fresh, metadata(trained), state)

@@ -14,7 +14,22 @@ from placing import Place, Scale, ScaleWeight, ShiftWeight
 from snapshot import Snapshot, assert_identical
 from torch import Tensor, nn
 
-from lightning_peft import IA3, LoRA, active, active_adapters, disabled, inject, merge, merged
+from lightning_peft import (
+    IA3,
+    OFT,
+    BitFit,
+    DoRA,
+    LoHa,
+    LoRA,
+    Method,
+    SelectiveTuning,
+    active,
+    active_adapters,
+    disabled,
+    inject,
+    merge,
+    merged,
+)
 from lightning_peft.errors import AdapterNameError, NotMergeableError
 
 
@@ -302,3 +317,28 @@ def test_without_a_tie_to_undo_untie_changes_nothing_else() -> None:
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("method", [LoRA(r=2), DoRA(r=2), IA3(target_modules=["0"]), OFT(block_size=2), LoHa(r=2)])
+def test_beside_an_adapter_that_replaces_the_weight_merging_is_refused(method: Method) -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    inject(net, method, "a")
+    inject(net, SelectiveTuning(parameters=["weight"]), "b")
+    with pytest.raises(NotMergeableError, match="the adapter 'b' acts there too"):
+        merge(net, "a")
+
+
+def test_beside_an_adapter_of_the_bias_only_what_leaves_the_bias_alone_merges() -> None:
+    x = torch.randn(3, 4)
+    for method, merges in ((LoRA(r=2), True), (DoRA(r=2), False), (IA3(target_modules=["0"]), False)):
+        net = nn.Sequential(nn.Linear(4, 4))
+        inject(net, method, "a")
+        inject(net, BitFit(), "b")
+        perturb(net)
+        expected = net(x)
+        if merges:
+            merge(net, "a")
+            torch.testing.assert_close(net(x), expected)
+        else:
+            with pytest.raises(NotMergeableError, match="the adapter 'b' acts there too"):
+                merge(net, "a")

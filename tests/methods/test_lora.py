@@ -9,10 +9,11 @@ import pytest
 import tiny_models
 import torch
 from perturbation import perturb
+from snapshot import Snapshot
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import DoRA, LoRA, inject, merge
+from lightning_peft import DoRA, LoRA, inject, merge, remove
 from lightning_peft.errors import ConfigError, NotApplicableError, TargetError
 
 R, ALPHA = 3, 5.0
@@ -308,14 +309,55 @@ def test_an_embedding_that_scales_what_it_looks_up_scales_the_update(method: typ
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_table_that_does_something_else_is_adapted_in_its_weight() -> None:
-    class Shifted(nn.Embedding):
-        def forward(self, ids: Tensor) -> Tensor:
-            return super().forward(ids + 1) + 1
+class Shifted(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward((ids + 1) % 8) + 1
 
-    net = nn.ModuleDict({"table": Shifted(8, 4)})
+
+class Remapped(nn.Embedding):
+    """A vocabulary of which some was left out."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.register_buffer("place", torch.arange(8).flip(0))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(self.place[ids])
+
+
+class Rectified(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).relu()
+
+
+class Counting(nn.Embedding):
+    """Notes that it ran, as nothing may make it do but a call."""
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(ids) * 2
+
+
+@pytest.mark.parametrize("kind", [Shifted, Remapped, Rectified, Counting])
+def test_a_table_that_may_do_something_else_is_adapted_in_its_weight_and_not_run(kind: type[nn.Embedding]) -> None:
+    net, ids = nn.ModuleDict({"table": kind(8, 4)}), torch.arange(8)
+    before = Snapshot(net)
     inject(net, LoRA(r=2, target_modules=["table"]))
     perturb(net)
-    expected = net["table"](torch.arange(7))
+    remove(net)
+    before.assert_same(net)
+    inject(net, LoRA(r=2, target_modules=["table"]))
+    perturb(net)
+    expected = net["table"](ids)
     merge(net)
-    torch.testing.assert_close(net["table"](torch.arange(7)), expected)
+    torch.testing.assert_close(net["table"](ids), expected)
+
+
+def test_a_huge_number_is_an_error_of_the_field() -> None:
+    for fields in ({"alpha": 10**400}, {"r": 10**30}):
+        with pytest.raises(ConfigError, match=r"LoRA\.(alpha|r) must be"):
+            LoRA(**fields)

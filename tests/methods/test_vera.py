@@ -10,7 +10,7 @@ from perturbation import perturb
 from snapshot import assert_identical
 from torch import nn
 
-from lightning_peft import VeRA, inject, load_adapter, save_adapter
+from lightning_peft import VeRA, inject, load_adapter, merge, save_adapter
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.methods.vera import Projections
 
@@ -65,8 +65,42 @@ def test_two_seeds_are_two_projections() -> None:
     assert not torch.equal(first, second)
 
 
+@torch.no_grad()
+def test_it_merges() -> None:
+    net, x = nn.ModuleDict({"fc": nn.Linear(6, 4), "out": nn.Linear(4, 3)}), torch.randn(2, 6)
+    inject(net, VeRA(r=7, target_modules=["fc", "out"]))
+    perturb(net)
+    expected = net["out"](net["fc"](x))
+    merge(net)
+    torch.testing.assert_close(net["out"](net["fc"](x)), expected)
+    assert type(net["fc"].peft if hasattr(net["fc"], "peft") else None) is type(None)
+
+
+def test_a_seed_means_the_same_under_every_default_of_torch(tmp_path: Path) -> None:
+    base, x = nn.ModuleDict({"fc": nn.Linear(64, 64)}), torch.randn(2, 64)
+    trained = copy.deepcopy(base)
+    torch.set_default_dtype(torch.float64)
+    try:
+        inject(trained, VeRA(r=1024, save_projection=False))  # far more than the base has
+    finally:
+        torch.set_default_dtype(torch.float32)
+    perturb(trained)
+    save_adapter(trained, tmp_path)
+    other = copy.deepcopy(base)
+    load_adapter(base, tmp_path)
+    assert_identical(base["fc"](x), trained["fc"](x))
+    with torch.device("meta"):
+        inject(other, VeRA(r=2))
+    assert not any(tensor.is_meta for tensor in other.state_dict().values())
+
+
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(NotApplicableError, match=r"VeRA\.dropout=0\.5 cannot act on 'in_proj'"):
+        inject(nn.MultiheadAttention(8, 2), VeRA(r=2, dropout=0.5, target_modules=["in_proj"]))
+    for value in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(ConfigError, match=r"VeRA\.d_initial must be a finite number"):
+            VeRA(d_initial=value)
     with pytest.raises(NotApplicableError, match="as wide as its vocabulary"):
         inject(tiny_models.bert(), VeRA(target_modules=["word_embeddings"]))
-    with pytest.raises(ConfigError, match=r"VeRA\.projection_prng_key must be a whole number, at least 0, not -1"):
+    with pytest.raises(ConfigError, match=r"VeRA\.projection_prng_key must be a whole number from 0 to 2"):
         VeRA(projection_prng_key=-1)
