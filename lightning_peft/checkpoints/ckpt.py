@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from lightning_peft.checkpoints.fingerprint import check_base, check_own_base, fingerprint
 from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
-from lightning_peft.checkpoints.tensors import TensorView, check_tensors, fill_own, own_views
+from lightning_peft.checkpoints.tensors import TensorView, check_tensors, fill_own, own_views, view_of
+from lightning_peft.components.tuned import TunedParameters
 from lightning_peft.core.method import Method
 from lightning_peft.errors import AdapterNameError, CheckpointError
 from lightning_peft.injection.inject import Injection, attach, plan_injection
@@ -117,8 +118,11 @@ def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tup
 def _views(model: nn.Module, keys: Set[str] | None) -> dict[str, TensorView]:
     """The tensors of ``model`` under ``keys`` by their names in files; all of them if None."""
     own = adapter_keys(model)
+    copied = {id(b) for m in model.modules() if isinstance(m, TunedParameters) for b in m.buffers()}
     return {
-        plain_name(key): TensorView((tensor,), trained=key in own and isinstance(tensor, nn.Parameter), own=key in own)
+        plain_name(key): view_of(tensor, id(tensor) in copied)
+        if key in own
+        else TensorView((tensor,), trained=False, finite=False)
         for key, tensor in model.state_dict(keep_vars=True).items()
         if isinstance(tensor, Tensor) and (keys is None or key in keys)
     }

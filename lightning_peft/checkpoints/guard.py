@@ -70,8 +70,9 @@ def limit_allocation(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]
     """
     held = sum(max(tensor.numel(), _LEAST) for tensor in tensors if isinstance(tensor, Tensor))
     base = [tensor.numel() for tensor in model.state_dict(keep_vars=True).values() if _counted(tensor)]
-    # A file may hold a seed alone, from which tensors as large as layers are drawn.
-    with for_a_file(), _Allowance(one=max(held, *base, 0) + _SPARE, together=4 * max(held, sum(base)) + _SPARE):
+    largest = max(base, default=0)
+    # A file may hold a seed alone, from which two tensors as large as layers are drawn.
+    with for_a_file(), _Allowance(one=max(held, largest) + _SPARE, together=4 * held + 2 * largest + _SPARE):
         yield
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.components.tuned import TunedParameters
 from lightning_peft.core.method import Placement
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
 from lightning_peft.injection.slots import slot_name
@@ -22,8 +23,8 @@ class TensorView:
     """The dimension along which the parts lie side by side."""
     trained: bool = True
     """True if these are parameters, and no buffers."""
-    own: bool = True
-    """True if these are an adapter's, and no tensors of the base."""
+    finite: bool = True
+    """True if these have to be numbers; buffers of the base, or copied from it, may be masks of infinities."""
 
     @property
     def shape(self) -> list[int]:
@@ -54,6 +55,12 @@ OWN_NAME = "default"
 """What an adapter is called in our own keys of a directory, whatever it is called in the model."""
 
 
+def view_of(tensor: Tensor, copied: bool) -> TensorView:
+    """A view of one tensor of an adapter; ``copied`` if the adapter has copied its buffers from the base."""
+    trained = isinstance(tensor, nn.Parameter)
+    return TensorView((tensor,), trained=trained, finite=trained or not copied)
+
+
 def own_views(placements: Sequence[Placement], name: str = OWN_NAME, root: str = "") -> dict[str, TensorView]:
     """The tensors of ``placements`` by our own keys: the keys of a state dict whose adapter is called ``name``.
 
@@ -63,7 +70,7 @@ def own_views(placements: Sequence[Placement], name: str = OWN_NAME, root: str =
         root: the path of the module that the placements' paths are seen from.
     """
     return {
-        key: TensorView((tensor,), trained=isinstance(tensor, nn.Parameter))
+        key: view_of(tensor, copied=isinstance(placement.adapter, TunedParameters))
         for placement in placements
         for key, tensor in placement.adapter.state_dict(prefix=_prefix(placement, name, root), keep_vars=True).items()
         if isinstance(tensor, Tensor)
@@ -138,7 +145,7 @@ def _check_tensor(key: str, found: Any, view: TensorView, exact: bool) -> None:
             f"'{key}' is {kind} in the file and must be {must}: it is damaged, was changed after it was saved, or "
             "belongs to a base of another precision."
         )
-    if view.own and found.is_floating_point() and not found.isfinite().all():
+    if view.finite and found.is_floating_point() and not found.isfinite().all():
         raise CheckpointError(
             f"'{key}' holds NaN or infinite values: the training that wrote the file had diverged. Use an earlier "
             "checkpoint."

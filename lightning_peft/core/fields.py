@@ -4,8 +4,8 @@
 the command shows it, and what fields have to fulfil together is left to the method's ``__post_init__``.
 """
 
+import math
 import reprlib
-import sys
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -25,12 +25,11 @@ class Must:
         return self.words
 
 
-_LARGEST = sys.float_info.max  # whole numbers can be larger
-Count = Annotated[int, Must("at least 1 and whole", lambda n: 1 <= n < 2**63)]
+Count = Annotated[int, Must("at least 1 and whole", lambda n: n >= 1)]
 Probability = Annotated[float, Must("a probability: at least 0, less than 1", lambda p: 0 <= p < 1)]
-Finite = Annotated[float, Must("a finite number", lambda x: abs(x) <= _LARGEST)]
-Positive = Annotated[float, Must("a number greater than 0", lambda x: 0 < x <= _LARGEST)]
-NotNegative = Annotated[float, Must("a number, at least 0", lambda x: 0 <= x <= _LARGEST)]
+Finite = Annotated[float, Must("a finite number", lambda x: math.isfinite(x))]
+Positive = Annotated[float, Must("a number greater than 0", lambda x: 0 < x < math.inf)]
+NotNegative = Annotated[float, Must("a number, at least 0", lambda x: 0 <= x < math.inf)]
 Patterns = Annotated[
     list[str] | str | None,
     Must("a non-empty string or a list of them", lambda v: v is None or (v != "" and all(v))),
@@ -101,6 +100,15 @@ def expected(declared: Any, value: Any = None) -> str:
         return expected(inner[1]) if keyed else f"keyed by {expected(inner[0])}s".replace("a ", "")
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
     return words.get(declared) or (declared.__name__ if isinstance(declared, type) and not inner else str(declared))
+
+
+def oversized(value: Any) -> bool:
+    """True if a whole number in ``value`` has more than the 64 bits that torch takes."""
+    if isinstance(value, int):
+        return value.bit_length() > 63
+    if isinstance(value, Mapping):
+        return any(map(oversized, value.values()))
+    return isinstance(value, (list, tuple)) and any(map(oversized, value))
 
 
 def shown(value: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_peft.core.adapter import Adapter
-from lightning_peft.core.fields import Patterns, declared_fields, expected, fits, shown
+from lightning_peft.core.fields import Patterns, declared_fields, expected, fits, oversized, shown
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.errors import ConfigError, PEFTError, did_you_mean
 
@@ -105,6 +105,8 @@ class Method(ABC):
             ConfigError: names the first one that has a value it cannot have.
         """
         for name, declared in declared_fields(type(self)).items():
+            if oversized(getattr(self, name)):
+                raise self.invalid(name, "a number of at most 64 bits")
             if not fits(value := getattr(self, name), declared):
                 raise self.invalid(name, expected(declared, value))
 

@@ -41,7 +41,7 @@ class TargetedMethod(Method):
         kinds: Collection[str] | None = None,
         names: Sequence[str] | None = None,
     ) -> list[BaseParameter]:
-        """Choose parameters by the fields, and by kind and name: see :func:`~selection.select_parameters`."""
+        """Choose parameters by the fields, and by kind and name, as :func:`.targets.select_parameters` does."""
         fields = self.target_modules, self.exclude_modules, self.layers
         return select_parameters(type(self).__name__, model, *fields, fully_trained, kinds, names)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.core.adapter import WeightAdapter
 from lightning_peft.core.method import Method, Placement
-from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError
+from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, PEFTError
 from lightning_peft.injection.freezing import freeze, unfreeze
 from lightning_peft.injection.modules_to_save import plan_modules_to_save, resolve_modules_to_save
 from lightning_peft.injection.registry import AttachedAdapter, Registry, find_adapter, registry_of, set_registry
@@ -71,7 +71,14 @@ def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
     _check_level(model, registry)
     check_name(name, registry)
     fully_trained = resolve_modules_to_save(model, method.modules_to_save)
-    plan = method.plan(model, fully_trained)
+    try:
+        plan = method.plan(model, fully_trained)
+    except RuntimeError as error:  # torch has one class for all, and says it in words
+        if isinstance(error, PEFTError) or not re.search("allocate memory|out of memory|overflow", str(error)):
+            raise
+        raise ConfigError(
+            f"There is no memory for the adapters of {method} in {type(model).__name__} ({error}). Choose smaller ones."
+        ) from error
     placements = [*plan.placements, *plan_modules_to_save(model, fully_trained)]
     _check_hosts(model, placements)
     return Injection(name, method, tuple(fully_trained), tuple(placements), tuple(plan.left_out), tuple(plan.notes))

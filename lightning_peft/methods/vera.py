@@ -51,7 +51,7 @@ class VeRA(LayerMethod):
 
     r: Count = 256
     """Rows of A."""
-    projection_prng_key: Annotated[int, Must("a whole number from 0 to 2**63", lambda n: 0 <= n < 2**63)] = 0
+    projection_prng_key: Annotated[int, Must("a whole number, at least 0", lambda n: n >= 0)] = 0
     """Seed of A and B."""
     save_projection: bool = True
     """Store A and B in files, which are then safe from a change of torch's generator."""
@@ -113,7 +113,9 @@ class VeRAOutput(_Vectors, DeltaOutput):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = self.factors()
-        h = self.layout.down(F.dropout(x, self.dropout, self.training), a.to(y.dtype))  # (..., r)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        h = self.layout.down(x, a.to(y.dtype))  # (..., r)
         return y + self.layout.up(h, b.to(y.dtype))
 
 

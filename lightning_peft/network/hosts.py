@@ -5,10 +5,14 @@ how the two halves of a low-rank product act on the layer's input and output. A 
 fits) and one function registered with :func:`weights_of`.
 """
 
-import dis
+import ast
+import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import cache, singledispatch
+from textwrap import dedent
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -16,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.network.calls import code_names
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
 from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import base_modules, join, parent
 from lightning_peft.optional import hf_conv1d
+
+# What transformers' scaled embeddings return.
+_SCALES = re.compile(r"return super\(\)\.forward\(\w+\) \* self\.(?P<name>\w+)(\.to\(self\.weight\.dtype\))?")
 
 
 @dataclass(frozen=True)
@@ -110,21 +116,36 @@ def _(module: nn.Embedding) -> tuple[Weight, ...]:
 
 
 def _output_scale(module: nn.Embedding) -> float | None:
-    """The number by which an embedding multiplies what it has looked up; None where it may do something else with it.
-
-    A subclass may do anything in its forward, which is read and not run: it has to be one product of the looked-up rows
-    and one number that the module holds, such as ``embed_scale`` of transformers' classes.
-    """
+    """The number by which an embedding multiplies the rows that it looks up; None where it may do something else."""
     kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
     if kinds[0] is nn.Embedding or is_quantized(module.weight):
         return 1.0
-    products = [step.argrepr for step in dis.get_instructions(vars(kinds[0])["forward"]) if step.opname == "BINARY_OP"]
-    used = [name for name in code_names(module) if name not in ("super", "forward", "to", "weight", "dtype")]
-    scale = getattr(module, used[0], None) if len(used) == 1 else None
-    number = isinstance(scale, (int, float)) or (isinstance(scale, Tensor) and scale.numel() == 1 and not scale.is_meta)
-    if kinds[1] is not nn.Embedding or products != ["*"] or not number:
+    name = _scaling_attribute(vars(kinds[0])["forward"]) if kinds[1] is nn.Embedding else None
+    scale = None if name is None else getattr(module, name, None)
+    if isinstance(scale, Tensor):
+        scale = None if scale.is_meta or scale.numel() != 1 else float(scale)
+    if not isinstance(scale, (int, float)):
         return None
-    return float(torch.as_tensor(scale, dtype=module.weight.dtype))
+    return float(torch.tensor(scale, dtype=module.weight.dtype, device="cpu"))  # as the layer rounds it
+
+
+@cache
+def _scaling_attribute(forward: Any) -> str | None:
+    """The attribute that ``forward`` multiplies the looked-up rows with, if that is all that it does.
+
+    A forward may do anything, so it is read, and never run: a run would show what it does to one input alone, and could
+    change the module.
+    """
+    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
+        return None
+    try:
+        (function,) = ast.parse(dedent(inspect.getsource(forward))).body
+    except (OSError, SyntaxError, ValueError):  # written in a console, for one
+        return None
+    *before, last = getattr(function, "body", [function])
+    found = _SCALES.fullmatch(ast.unparse(last))
+    only = all(isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in before)  # a docstring
+    return found["name"] if found and only and not getattr(function, "decorator_list", []) else None
 
 
 @weights_of.register(nn.Conv1d)

@@ -326,3 +326,17 @@ def test_what_is_no_number_is_refused_in_buffers_too() -> None:
     next(tensor for key, tensor in state.items() if key.endswith(".A")).fill_(float("nan"))
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         attach_metadata(fresh, metadata(trained), state)
+
+
+def test_a_fully_trained_module_may_hold_a_mask_of_infinities() -> None:
+    class Head(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    trained = nn.ModuleDict({"fc": nn.Linear(4, 4), "head": Head()})
+    fresh = copy.deepcopy(trained)
+    inject(trained, LoRA(r=2, target_modules=["fc"], modules_to_save=["head"]))
+    for _ in "ab":  # new, and there already
+        attach_metadata(fresh, metadata(trained), adapter_state(trained))
+    assert list(adapter_state(fresh)) == list(adapter_state(trained))

@@ -22,13 +22,14 @@ from lightning_peft import Method, inject, load_adapter, save_adapter
 from lightning_peft.checkpoints.peft.formats import format_of
 from lightning_peft.core.fields import declared_fields, fits
 from lightning_peft.core.method import registered_methods
-from lightning_peft.errors import ConfigError
 
 pytestmark = [
     pytest.mark.compat,
     # peft asks transformers a question by its old name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning"),
+    # It takes the nearest block that fits, as we do, and says so.
+    pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning"),
     # It warns of what it is told to do.
     pytest.mark.filterwarnings("ignore:Specified to not (save|load) vera_A and vera_B:UserWarning"),
     # What it says of every norm.
@@ -63,10 +64,7 @@ def _logits(model: Any) -> Tensor:
 def test_what_one_writes_computes_the_same_in_the_other(method: Method, base: str, tmp_path: Path) -> None:
     bare = BASES[base]().eval()
     ours = copy.deepcopy(bare)
-    try:
-        inject(ours, _not_fully(method))
-    except ConfigError as reason:
-        pytest.skip(str(reason))
+    inject(ours, _not_fully(method))
     perturb(ours, by=0.2)
     save_adapter(ours.eval(), tmp_path / "ours")
     expected = _logits(ours)

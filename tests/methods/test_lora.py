@@ -330,6 +330,26 @@ class Rectified(nn.Embedding):
         return super().forward(ids).relu()
 
 
+class Masked(nn.Embedding):
+    """Multiplies by one number, and does something else."""
+
+    scale = 2.0
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids) * self.scale
+        rows[ids == 3] = 0
+        return rows
+
+
+class Spread(nn.Embedding):
+    """Multiplies the indices."""
+
+    step = 1
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(self.step * ids)
+
+
 class Counting(nn.Embedding):
     """Notes that it ran, as nothing may make it do but a call."""
 
@@ -342,7 +362,7 @@ class Counting(nn.Embedding):
         return super().forward(ids) * 2
 
 
-@pytest.mark.parametrize("kind", [Shifted, Remapped, Rectified, Counting])
+@pytest.mark.parametrize("kind", [Shifted, Remapped, Rectified, Masked, Spread, Counting])
 def test_a_table_that_may_do_something_else_is_adapted_in_its_weight_and_not_run(kind: type[nn.Embedding]) -> None:
     net, ids = nn.ModuleDict({"table": kind(8, 4)}), torch.arange(8)
     before = Snapshot(net)
@@ -358,6 +378,9 @@ def test_a_table_that_may_do_something_else_is_adapted_in_its_weight_and_not_run
 
 
 def test_a_huge_number_is_an_error_of_the_field() -> None:
-    for fields in ({"alpha": 10**400}, {"r": 10**30}):
-        with pytest.raises(ConfigError, match=r"LoRA\.(alpha|r) must be"):
+    for fields in ({"alpha": 10**400}, {"r": 10**30}, {"rank_pattern": {"fc": 2**64}}, {"layers": [10**20]}):
+        with pytest.raises(ConfigError, match=r"LoRA\.\w+ must be a number of at most 64 bits, not "):
             LoRA(**fields)
+    for r in (10**12, 10**18):
+        with pytest.raises(ConfigError, match="no memory for the adapters of LoRA"):
+            inject(nn.ModuleDict({"fc": nn.Linear(8, 8)}), LoRA(r=r))

@@ -73,7 +73,7 @@ def test_it_merges() -> None:
     expected = net["out"](net["fc"](x))
     merge(net)
     torch.testing.assert_close(net["out"](net["fc"](x)), expected)
-    assert type(net["fc"].peft if hasattr(net["fc"], "peft") else None) is type(None)
+    assert not hasattr(net["fc"], "peft")
 
 
 def test_a_seed_means_the_same_under_every_default_of_torch(tmp_path: Path) -> None:
@@ -97,10 +97,10 @@ def test_a_seed_means_the_same_under_every_default_of_torch(tmp_path: Path) -> N
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(NotApplicableError, match=r"VeRA\.dropout=0\.5 cannot act on 'in_proj'"):
         inject(nn.MultiheadAttention(8, 2), VeRA(r=2, dropout=0.5, target_modules=["in_proj"]))
-    for value in (float("nan"), float("inf"), 10**400):
+    for value in (float("nan"), float("inf")):
         with pytest.raises(ConfigError, match=r"VeRA\.d_initial must be a finite number"):
             VeRA(d_initial=value)
     with pytest.raises(NotApplicableError, match="as wide as its vocabulary"):
         inject(tiny_models.bert(), VeRA(target_modules=["word_embeddings"]))
-    with pytest.raises(ConfigError, match=r"VeRA\.projection_prng_key must be a whole number from 0 to 2"):
+    with pytest.raises(ConfigError, match=r"VeRA\.projection_prng_key must be a whole number, at least 0, not -1"):
         VeRA(projection_prng_key=-1)

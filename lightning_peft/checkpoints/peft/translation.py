@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.checkpoints.peft.formats import PeftFormat, format_of
 from lightning_peft.checkpoints.peft.state import CONFIG, PEFT_VERSION, PROMPT, PeftFile, PeftState, listed
-from lightning_peft.checkpoints.tensors import TensorView, check_tensors
+from lightning_peft.checkpoints.tensors import check_tensors, view_of
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement, registered_methods
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
@@ -48,7 +48,7 @@ def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -
     if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
         return None
     fully_trained = {
-        join(placement.path, name): TensorView((copy,), trained=isinstance(copy, nn.Parameter))
+        join(placement.path, name): view_of(copy, copied=True)
         for placement in placements
         if isinstance(placement.adapter, FullyTrainedParameters)
         for name, copy in placement.adapter.copies().items()
