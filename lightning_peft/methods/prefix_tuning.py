@@ -9,29 +9,25 @@ P_K and P_V are parameters, or come out of an MLP that all layers share up to it
 where positions are absolute or rotary, as in the reference implementation.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.components.gate import Gate, GatedInput
-from lightning_peft.components.taps import Tap
 from lightning_peft.core.adapter import Adapter, Reference, adapter_dtype
 from lightning_peft.core.fields import Count, Layers, Must, NotNegative, Patterns
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.errors import NotApplicableError, TargetError
-from lightning_peft.network.blocks import PROJECTIONS, Attention, Block, find_blocks
-from lightning_peft.network.calls import batch_dim
-from lightning_peft.network.hosts import Host, find_hosts
-from lightning_peft.network.patterns import Vocabulary, layer_index
+from lightning_peft.network.blocks import Attention, Block, find_blocks
+from lightning_peft.network.hosts import find_hosts
+from lightning_peft.network.patterns import Vocabulary
 from lightning_peft.network.positions import check_room, positions_above
 from lightning_peft.network.pretrained import pretrained_models
-from lightning_peft.network.walk import base_modules, join, leaf, within
-from lightning_peft.prompting.attention import CacheLength, PrefixedAttention, check_implementation, routes_attention
-from lightning_peft.prompting.multihead import MultiheadOutput, PrefixedMultihead
+from lightning_peft.network.walk import within
+from lightning_peft.prompting.prefixes import attention_host, place_prefix
 from lightning_peft.prompting.shift import shift
 
 _PLACES = ("encoder", "decoder", "cross")
@@ -100,14 +96,14 @@ class PrefixTuning(Method):
         encodes = attends_across(blocks) and _encodes(model)
         for name in names:
             block, attention = chosen[name]
-            path, features = _host(model, attention, hosts)
+            path, features = attention_host(model, attention, hosts)
             like, width = next(model.get_submodule(path).parameters()), hosts[attention.linears[0]].layout.in_features
             # On the first attention: the hooks of the others run later, and an adapter has to lie somewhere.
             if self.prefix_projection and trunk is None:
                 trunk = Trunk(self, width, like)
                 placements.append(Placement(path, trunk, "mlp"))
             prefix = Prefix(self, features, like, trunk)
-            placements += self._on(model, path, attention.cross, prefix, width)
+            placements += place_prefix(prefix, model, path, attention.cross, width if self.gating else None)
             # A cross-attention reads the encoder's tokens, which keep their numbers.
             if not attention.cross and not (encodes and len(block.attentions) == 1):
                 numbered.update(dict.fromkeys(positions_above(model, block.path)))
@@ -127,22 +123,6 @@ class PrefixTuning(Method):
                     chosen.append((block, attention))
         return chosen
 
-    def _on(self, model: nn.Module, path: str, cross: bool, prefix: "Prefix", width: int) -> Iterator[Placement]:
-        """The prefix of the attention at ``path``, its gate before it."""
-        host = model.get_submodule(path)
-        if self.gating:
-            prefix.gate = Tap()
-            gate = Gate(width, next(prefix.parameters()))
-            yield Placement(path, GatedInput(gate, prefix.gate, batch_dim(host)), "gate")
-        if isinstance(host, nn.MultiheadAttention):
-            yield Placement(path, PrefixedMultihead(prefix, host))
-            yield Placement(path, MultiheadOutput(host), "output")
-        else:
-            relative, past = None if cross else _relative(model, path), Tap()
-            yield Placement(path, PrefixedAttention(prefix, host, relative, past))
-            if relative is not None:
-                yield Placement(path, CacheLength(host, past), "past")
-
 
 class Prefix(nn.Module):
     """Keys and values of one attention: () -> two of (P, features), or (batch, P, features) behind a gate."""
@@ -151,7 +131,7 @@ class Prefix(nn.Module):
         super().__init__()
         options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
         self._trunk = Reference(trunk)  # it has its own place, and every layer uses it
-        self.gate: Tap | None = None
+        self.gate: Any = None  # a tap, where there is one
         if trunk is None:
             size = (method.num_virtual_tokens, features)
             self.keys, self.values = (nn.Parameter(torch.empty(size, **options)) for _ in "kv")
@@ -198,46 +178,6 @@ class Trunk(Adapter):
     def forward(self) -> Tensor:
         hidden: Tensor = self.down(self.embedding)
         return hidden.tanh()
-
-
-def _host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tuple[str, int]:
-    """The module that computes an attention, and the features of its keys (and values).
-
-    Raises:
-        NotApplicableError: it computes its scores in a way of its own.
-    """
-    scope = model.get_submodule(attention.path)
-    if isinstance(scope, nn.MultiheadAttention):
-        return attention.path, scope.embed_dim
-    routed = [name for name, module in base_modules(scope) if routes_attention(module)]
-    sizes = {
-        role: hosts[name].layout.out_features
-        for name in attention.linears
-        for role, leaves in PROJECTIONS.items()
-        if leaf(name) in leaves
-    }
-    fused = sizes.get("fused", 0)
-    queries = hosts[attention.output].layout.in_features if attention.output else fused // 3
-    keys = sizes.get("key", (fused - queries) // 2)  # what the output reads is as wide as the queries
-    if not routed or keys != sizes.get("value", keys) or keys < 1:
-        raise NotApplicableError(
-            f"PrefixTuning cannot put keys and values into '{attention.path}' ({type(scope).__name__}): it computes "
-            "its scores in a way of its own. It needs nn.MultiheadAttention, or an attention of transformers that goes "
-            "through AttentionInterface. Use LoRA or BottleneckAdapter there."
-        )
-    path = join(attention.path, routed[0])
-    check_implementation(model.get_submodule(path))
-    return path, keys
-
-
-def _relative(model: nn.Module, path: str) -> nn.Module | None:
-    """What turns relative positions into a bias for an attention: in itself, as in UMT5, or in its stack, as in T5."""
-    stack = layer_index(path)
-    for scope in (path, stack[0] if stack else path):
-        for module in model.get_submodule(scope).modules():
-            if getattr(module, "has_relative_attention_bias", False) and hasattr(module, "compute_bias"):
-                return module
-    return None
 
 
 def attends_across(blocks: Sequence[Block]) -> bool:
