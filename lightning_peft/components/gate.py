@@ -1,14 +1,10 @@
 """A gate that decides how much an adapter acts. Mao et al., 2022, arXiv:2110.07577 (UniPELT)."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import InputAdapter
-from lightning_peft.network.calls import first_input
+from lightning_peft.core.adapter import Adapter
 
 
 class Gate(nn.Module):
@@ -38,17 +34,15 @@ class Gate(nn.Module):
         return gates.mean(positions, keepdim=True) if x.dim() > 2 else gates
 
 
-class GatedInput(InputAdapter):
-    """Puts a gate's value for the host's first input into a tap, and changes nothing."""
+class InputGate(Adapter):
+    """A gate over what its host is called with. It does not act by itself: the adapter that it scales asks it."""
 
-    def __init__(self, gate: Gate, tap: Tap, batch_dim: int = 0) -> None:
+    def __init__(self, gate: Gate, batch_dim: int = 0) -> None:
         super().__init__()
-        self.gate, self.tap, self.batch_dim = gate, tap, batch_dim
+        self.gate, self.batch_dim = gate, batch_dim
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = first_input(args, kwargs)
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the host's first input, (batch, length, features) or as ``batch_dim`` says, to (batch, 1, 1)."""
         if x.dim() == 2:  # one sequence without a batch
-            self.tap.value = self.gate(x[None])[0]
-        else:
-            self.tap.value = self.gate(x.transpose(0, 1) if self.batch_dim else x)
-        return args, kwargs
+            return self.gate(x[None])[0]  # type: ignore[no-any-return]
+        return self.gate(x.transpose(0, 1) if self.batch_dim else x)  # type: ignore[no-any-return]

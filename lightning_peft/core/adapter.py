@@ -1,7 +1,9 @@
-"""The three kinds of adapter.
+"""The four kinds of adapter.
 
-An adapter is a child of its host module and acts through the host's forward hooks (see
-:mod:`lightning_peft.injection.slots`), so the base keeps its class, its parameter names and its values.
+An adapter is a child of its host module and acts through the host's hooks and its attribute ``forward`` (see
+:mod:`lightning_peft.injection.slots`), so the base keeps its class, its parameter names and its values. It may act for
+several threads at once: what belongs to one call stays in local variables, or in a
+:class:`~lightning_peft.components.taps.Tap`.
 
 What an adapter is besides, it says by flags; few need one:
 
@@ -31,7 +33,7 @@ M = TypeVar("M")
 
 
 class Adapter(nn.Module):
-    """Base of the three kinds. Floating-point parameters ignore casts to 16 bits: adapters train in full precision."""
+    """Base of the four kinds. Floating-point parameters ignore casts to 16 bits: adapters train in full precision."""
 
     additive: bool = False
     """True if it adds something that does not depend on what other adapters of its host have made of the output."""
@@ -148,6 +150,33 @@ class OutputAdapter(Adapter):
 
 class InputAdapter(Adapter):
     """Acts before the host: ``forward(args, kwargs) -> (args, kwargs)``."""
+
+
+class Run:
+    """The rest of one call of a host: the adapters around its forward that are still to act, and the forward itself."""
+
+    def __init__(
+        self, host: nn.Module, around: "Sequence[CallAdapter]", forward: Callable[..., Any], at: int = 0
+    ) -> None:
+        self.host, self.around, self.forward, self.at = host, around, forward, at
+
+    @property
+    def rest(self) -> "Sequence[CallAdapter]":
+        """The adapters that are still to act."""
+        return self.around[self.at :]
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Go on with these arguments, and give the host's output."""
+        if self.at == len(self.around):
+            return self.forward(self.host, args, kwargs)
+        return self.around[self.at](Run(self.host, self.around, self.forward, self.at + 1), args, kwargs)
+
+
+class CallAdapter(Adapter):
+    """Acts around the host's forward: ``forward(run, args, kwargs) -> output``, where ``run(args, kwargs)`` goes on.
+
+    ``run.host`` is the host as this one call sees it, with the weights in force: what is set on it is gone afterwards.
+    """
 
 
 class WeightAdapter(Adapter):

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_peft.injection.registry import Registry, find_in, registries
+from lightning_peft.injection.scopes import Scope
 
 
 def activate(model: nn.Module, *names: str) -> None:
@@ -15,6 +16,8 @@ def activate(model: nn.Module, *names: str) -> None:
         AdapterNameError: one of them is not there.
     """
     for registry, chosen in _choose(model, names):
+        if chosen != registry.active:
+            registry.scopes.default_changes()
         registry.activate(chosen)
         modes = {name: name in chosen for name, a in registry.attachments.items() if a.trains or name in chosen}
         for slots in registry.slots.values():
@@ -30,15 +33,14 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
     Raises:
         AdapterNameError: one of them is not there.
     """
-    chosen = _choose(model, names)
-    before = [(registry, registry.active) for registry, _ in chosen]
+    entered = [(registry.scopes, Scope(acting)) for registry, acting in _choose(model, names)]
     try:
-        for registry, acting in chosen:
-            registry.activate(acting)
+        for scopes, scope in entered:
+            scopes.enter(scope)
         yield
     finally:
-        for registry, acting in before:  # what was removed meanwhile stays away
-            registry.activate(tuple(name for name in acting if name in registry.attachments))
+        for scopes, scope in entered:
+            scopes.leave(scope)
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
     """The names of the adapters that act."""
-    return tuple(name for _, _, registry in registries(model) for name in registry.active)
+    return tuple(name for _, _, registry in registries(model) for name in registry.acting())
 
 
 def _choose(model: nn.Module, names: tuple[str, ...]) -> list[tuple[Registry, tuple[str, ...]]]:

@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.injection.registry import Registry, registry_of
 from lightning_peft.injection.slots import AdapterSlots
+from lightning_peft.injection.standins import HeldForward
 from lightning_peft.network.quantized.weights import quantized_weights
 from lightning_peft.network.walk import CHILD, base_modules, join, plain_name
 
@@ -19,14 +20,10 @@ def freeze(model: nn.Module, registry: Registry) -> None:
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     for _, module in base_modules(model):
-        hold: _EvalForward | _PaddedForward | None = None
         if isinstance(module, _NormBase) and module.running_mean is not None:
-            hold = _EvalForward()
+            registry.handles.append(_EvalForward(module))
         elif isinstance(module, nn.TransformerEncoder):
-            hold = _PaddedForward()
-        if hold:
-            registry.handles.append(module.register_forward_pre_hook(hold.enter))
-            registry.handles.append(module.register_forward_hook(hold.leave, always_call=True))
+            registry.handles.append(_PaddedForward(module))
     registry.handles.append(model.register_load_state_dict_pre_hook(_complete_with_base))
 
 
@@ -35,47 +32,37 @@ def unfreeze(model: nn.Module, registry: Registry) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in registry.trained_before:
             parameter.requires_grad_(True)
-    for handle in registry.handles:
+    for handle in reversed(registry.handles):
         handle.remove()
     registry.handles.clear()
 
 
-class _EvalForward:
+class _EvalForward(HeldForward):
     """Runs a frozen norm in eval mode, whatever mode it is in, unless an adapter has statistics of its own in place.
 
-    In train mode it would still move its running statistics, which no adapter file holds. Its own flag is put back, so
-    that ``model.train()`` and Lightning's checks see the mode that the user has set.
+    In train mode it would still move its running statistics, which no adapter file holds. Its own flag stays as it is,
+    so that ``model.train()`` and Lightning's checks see the mode that the user has set.
     """
 
-    def __init__(self) -> None:
-        self.training = False
-
-    def enter(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        slots = norm._modules.get(CHILD)
+    def replaced(self) -> dict[str, Any]:
+        slots = self.host._modules.get(CHILD)
         own = isinstance(slots, AdapterSlots) and slots.replaces("running_mean")
-        self.training, norm.training = norm.training, norm.training and own
-
-    def leave(self, norm: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        norm.training = self.training
+        return {"training": False} if self.host.training and not own else {}
 
 
-class _PaddedForward:
+class _PaddedForward(HeldForward):
     """Keeps a frozen encoder in eval from packing padded input into a nested tensor while adapters act inside it.
 
     Torch does that where nothing of the encoder trains, and then asks for the fused attention, which hooks rule out;
     few operations that an adapter may need know nested tensors.
     """
 
-    def __init__(self) -> None:
-        self.nests = False
-
-    def enter(self, encoder: Any, args: tuple[Any, ...]) -> None:
-        self.nests = encoder.use_nested_tensor
+    def replaced(self) -> dict[str, Any]:
+        encoder: Any = self.host
+        if not encoder.use_nested_tensor:
+            return {}
         acting = any(isinstance(module, AdapterSlots) and module.active for module in encoder.modules())
-        encoder.use_nested_tensor = self.nests and not acting and not torch.is_grad_enabled()
-
-    def leave(self, encoder: Any, args: tuple[Any, ...], output: Any) -> None:
-        encoder.use_nested_tensor = self.nests
+        return {"use_nested_tensor": False} if acting or torch.is_grad_enabled() else {}
 
 
 def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -94,7 +94,7 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
     for placement in injection.placements:
         host = model.get_submodule(placement.path)
         if CHILD not in host._modules:
-            host.add_module(CHILD, AdapterSlots())
+            host.add_module(CHILD, AdapterSlots(placement.path, registry.scopes))
         slots = registry.slots.setdefault(placement.path, host._modules[CHILD])  # type: ignore[arg-type]
         slots.add(slot_name(name, placement.part), placement.adapter, host)
         if not host.training or not placement.adapter.training:
@@ -110,6 +110,7 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
         trains=acts,
     )
     if acts:
+        registry.scopes.default_changes()
         registry.activate((*registry.active, name))
     return report(model)
 

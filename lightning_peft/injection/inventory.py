@@ -27,7 +27,7 @@ def adapters(model: nn.Module) -> tuple[AdapterInfo, ...]:
     for _, _, registry in registries(model):
         for name, attachment in registry.attachments.items():
             sizes = {id(p): p.numel() for _, adapter in registry.adapters(name) for p in adapter.parameters()}
-            found.append(AdapterInfo(name, attachment.method, name in registry.active, sum(sizes.values())))
+            found.append(AdapterInfo(name, attachment.method, name in registry.acting(), sum(sizes.values())))
     return tuple(found)
 
 

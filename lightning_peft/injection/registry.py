@@ -9,6 +9,7 @@ from torch import nn
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import Method
 from lightning_peft.errors import AdapterNameError, did_you_mean
+from lightning_peft.injection.scopes import Scopes
 from lightning_peft.injection.slots import AdapterSlots
 from lightning_peft.network.walk import modules_outside
 
@@ -40,12 +41,15 @@ class Registry:
     slots: dict[str, AdapterSlots] = field(default_factory=dict)
     """The slots of each host, by the host's path."""
     active: tuple[str, ...] = ()
+    """The adapters that act where no scope says otherwise, in their order."""
+    scopes: Scopes = field(default_factory=Scopes)
+    """What acts within ``with`` blocks, by thread and task."""
     trained_before: frozenset[str] = frozenset()
     """Names of the base parameters that trained before they were frozen."""
     handles: list[Any] = field(default_factory=list)
     """Hooks on the base that go with the last adapter."""
-    routed: bool = False
-    """True if each row of a batch has an adapter of its own now (:func:`~lightning_peft.route`)."""
+    noted: dict[int, Any] = field(default_factory=dict)
+    """What shows routes the rows that a module is called with, by the module's id."""
 
     def adapters(self, name: str) -> Iterator[tuple[str, Adapter]]:
         """Yield (path of the host, adapter) for every slot of adapter ``name``."""
@@ -59,10 +63,15 @@ class Registry:
                 yield path, part, adapter
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Let exactly ``names`` act, in that order."""
+        """Let exactly ``names`` act where no scope says otherwise, in that order."""
         for slots in self.slots.values():
             slots.activate(names)
         self.active = names
+
+    def acting(self) -> tuple[str, ...]:
+        """The adapters that act for the code that is running, in their order."""
+        scope = self.scopes.current()
+        return self.active if scope is None else tuple(name for name in scope.names if name in self.attachments)
 
     def check_settled(self) -> None:
         """Raise while a route is active: which adapters there are, and which of them act, must stay as they are.
@@ -70,7 +79,8 @@ class Registry:
         Raises:
             AdapterNameError: a route is active.
         """
-        if self.routed:
+        scope = self.scopes.current()
+        if scope is not None and scope.route is not None:
             raise AdapterNameError(
                 "The rows of the batch have adapters of their own: leave the route(...) block first."
             )

@@ -4,64 +4,91 @@ The adapter ``name`` of a host is its child ``<host>.peft.<slot>``. A slot is ca
 where one adapter needs several slots on one host, the others are ``default:<part>``.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
+from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter
+from lightning_peft.errors import NotApplicableError
+from lightning_peft.injection.scopes import Scopes
+from lightning_peft.injection.standins import HeldForward, is_own_forward, value_at
 from lightning_peft.network.calls import first_input
-from lightning_peft.network.walk import CHILD, Beside, leaf, modules_outside, parent
+from lightning_peft.network.walk import CHILD, Beside, modules_outside
 
-_Kinds = tuple[tuple[InputAdapter, ...], tuple[OutputAdapter, ...], tuple[WeightAdapter, ...]]
-_NONE: _Kinds = ((), (), ())
+_holding = threading.Lock()  # not on the way of a forward
+
+
+class Kinds(NamedTuple):
+    """Adapters of one host by what they act on, each in the order in which they act."""
+
+    before: tuple[InputAdapter, ...] = ()
+    around: tuple[CallAdapter, ...] = ()
+    weights: tuple[WeightAdapter, ...] = ()
+    after: tuple[Any, ...] = ()
+    """Output adapters, or what acts on rows in their place: called with input and output."""
+
+
+_NONE = Kinds()
+
+
+class _Due(threading.local):
+    """The ids of hosts whose hook has seen a call begin that their forward has not seen yet, on one thread."""
+
+    def __init__(self) -> None:  # in each thread that comes
+        self.hosts: set[int] = set()
+
+
+_due = _Due()
 
 
 class AdapterSlots(Beside):
     """All adapters of one host, and the hooks through which the active ones act, in the order of activation."""
 
-    active: tuple[str, ...]
-    _handles: dict[type[Adapter], list[Any]]
+    _default: tuple[str, ...]  # what acts where no scope says otherwise
+    _path: str  # of the host
+    _scopes: Scopes  # of the model, shared by all its hosts
+    _handles: dict[str, Any]
     _parts: dict[str, dict[str, Adapter]]  # by the adapter's name, and by part
-    _own: dict[str, _Kinds]  # the same, by what they act on
-    _before: tuple[InputAdapter, ...]
-    _after: tuple[Callable[[Any, Any], Any], ...]
-    _weights: tuple[WeightAdapter, ...]
-    _displaced: dict[str, tuple[Any, Any]]  # while the host runs: the displaced tensor, and its replacement
+    _kinds: dict[tuple[str, ...], Kinds]  # of adapters together, made when they are first wanted
+    _acting: Kinds  # those of the default
 
-    def __init__(self) -> None:
+    def __init__(self, path: str = "", scopes: Scopes | None = None) -> None:
         super().__init__()
         # Not by assignment, which nn.Module makes slow, here as in :meth:`activate`: there is one for each layer.
-        vars(self).update(active=(), _handles={}, _parts={}, _own={}, _before=(), _after=(), _weights=(), _displaced={})
+        vars(self).update(_path=path, _scopes=scopes or Scopes(), _default=(), _acting=_NONE)
+        vars(self).update(_handles={}, _parts={}, _kinds={})
 
     def add(self, slot: str, adapter: Adapter, host: nn.Module) -> None:
         """Put ``adapter`` at ``slot``. It stays inactive until :meth:`activate`."""
         adapter.trains = frozenset(name for name, p in adapter.named_parameters() if p.requires_grad)
         self.add_module(slot, adapter)
         self._note(adapter_name(slot))
-        # Bound methods, not closures: after a deepcopy of the host they call the copy's adapters.
-        if isinstance(adapter, InputAdapter) and InputAdapter not in self._handles:
-            self._handles[InputAdapter] = [host.register_forward_pre_hook(self.before, with_kwargs=True)]
-        elif isinstance(adapter, OutputAdapter) and OutputAdapter not in self._handles:
-            self._handles[OutputAdapter] = [host.register_forward_hook(self.after, with_kwargs=True)]
-        elif isinstance(adapter, WeightAdapter) and WeightAdapter not in self._handles:
-            self._handles[WeightAdapter] = [
-                host.register_forward_pre_hook(self.swap_in, prepend=True),
-                # always_call: an exception inside the host must not leave a swapped weight behind.
-                host.register_forward_hook(self.swap_out, prepend=True, always_call=True),
-                host.register_state_dict_pre_hook(self.before_state_dict),
-            ]
+        inside = isinstance(adapter, (CallAdapter, WeightAdapter))
+        if inside:
+            self.hold_forward(host)
+        # Bound methods, not closures: after a deepcopy of the host they call the copy's adapters. What acts inside has
+        # both hooks, too: torch's fused layers look for hooks, and not for a forward, to leave a module alone.
+        if (inside or isinstance(adapter, InputAdapter)) and "before" not in self._handles:
+            self._handles["before"] = host.register_forward_pre_hook(self.before, with_kwargs=True)
+        if (inside or isinstance(adapter, OutputAdapter)) and "after" not in self._handles:
+            self._handles["after"] = host.register_forward_hook(self.after, with_kwargs=True)
+
+    def hold_forward(self, host: nn.Module) -> None:
+        """Have the host's forward run by :class:`HostForward` from now on; several threads may ask for it at once."""
+        with _holding:
+            if "forward" not in self._handles:
+                self._handles["forward"] = HostForward(host, self)
 
     def discard(self, name: str, host: nn.Module) -> None:
         """Drop every slot of adapter ``name``, and the hooks when nothing is left."""
-        self.restore(host)
-        self.activate(tuple(other for other in self.active if other != name))
+        self.activate(tuple(other for other in self._default if other != name))
         self.drop(lambda slot, _: adapter_name(slot) == name)
         if not self._modules:
-            for handle in chain.from_iterable(self._handles.values()):
+            for handle in self._handles.values():
                 handle.remove()
             self._handles.clear()
 
@@ -70,6 +97,7 @@ class AdapterSlots(Beside):
         for slot in [slot for slot, adapter in self.named_children() if goes(slot, adapter)]:
             del self._modules[slot]
             self._note(adapter_name(slot))
+        self.activate(self._default)
 
     def rename(self, old: str, new: str) -> None:
         """Call the adapter ``old`` by another name, at the same place among the others."""
@@ -79,12 +107,11 @@ class AdapterSlots(Beside):
         self._modules.update(children)
         self._note(old)
         self._note(new)
-        self.active = tuple(new if name == old else name for name in self.active)
+        vars(self)["_default"] = tuple(new if name == old else name for name in self._default)
 
     def activate(self, names: tuple[str, ...]) -> None:
-        """Let exactly the adapters ``names`` act, in that order."""
-        before, after, weights = self.of(*names)
-        vars(self).update(active=names, _before=before, _after=after, _weights=weights)
+        """Let exactly the adapters ``names`` act where no scope says otherwise, in that order."""
+        vars(self).update(_default=names, _acting=self.of(*names))
 
     def train_parameters(self, modes: Mapping[str, bool]) -> None:
         """Let the parameters of these adapters require a gradient, or not."""
@@ -92,83 +119,102 @@ class AdapterSlots(Beside):
             for adapter in self.parts(name).values():
                 adapter.train_parameters(mode)
 
-    def act_by_row(self, names: tuple[str, ...], *after: Callable[[Any, Any], Any]) -> None:
-        """Let only ``after`` act, called with input and output, in place of the adapters ``names``."""
-        vars(self).update(active=names, _before=(), _after=after, _weights=())
+    def of(self, *names: str) -> Kinds:
+        """The adapters ``names`` by kind, each in their order."""
+        kinds = self._kinds.get(names)
+        if kinds is None:
+            kinds = self._kinds[names] = self._sorted([a for name in names for a in self.parts(name).values()])
+        return kinds
 
-    def of(self, *names: str) -> "_Kinds":
-        """The adapters ``names`` by kind (of the input, of the output, of weights), each in their order."""
-        if len(names) == 1:
-            return self._own.get(names[0], _NONE)
-        before, after, weights = (tuple(chain(*kind)) for kind in zip(_NONE, *map(self.of, names), strict=True))
-        return tuple(sorted(before, key=_before)), tuple(sorted(after, key=_behind)), weights
+    @staticmethod
+    def _sorted(adapters: list[Adapter]) -> Kinds:
+        inward = sorted(adapters, key=lambda adapter: adapter.nesting)
+        outward = sorted(adapters, key=lambda adapter: -adapter.nesting)
+        return Kinds(
+            tuple(a for a in inward if isinstance(a, InputAdapter)),
+            tuple(a for a in inward if isinstance(a, CallAdapter)),
+            tuple(a for a in adapters if isinstance(a, WeightAdapter)),
+            tuple(a for a in outward if isinstance(a, OutputAdapter)),
+        )
 
-    def acting(self) -> list[Adapter]:
-        """The adapters that act, in the order of activation."""
+    def acting(self) -> Kinds:
+        """What acts for the code that is running."""
+        scope = self._scopes.current()
+        if scope is None:
+            return self._acting
+        if scope.route is None:
+            return self.of(*scope.names)
+        kinds: Kinds = scope.route.acting(self, scope)
+        return kinds
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the adapters that act here for the code that is running."""
+        scope = self._scopes.current()
+        if scope is None:
+            return self._default
+        here = scope.at is not None and scope.at[0] is self and scope.at[1] is not None
+        return tuple(n for n in ((scope.at[1],) if here else scope.names) if n in self._parts)  # type: ignore[index]
+
+    def acting_adapters(self) -> list[Adapter]:
+        """The adapters that act for the code that is running, in the order of activation."""
         return [adapter for name in self.active for adapter in self.parts(name).values()]
+
+    def routed(self) -> Any:
+        """What runs the host by rows, where a route has adapters that act inside of it; else None."""
+        scope = self._scopes.current()
+        if scope is None or scope.route is None or (scope.at is not None and scope.at[0] is self):
+            return None
+        return scope.route.inside(self)
 
     def needs_whole_sequences(self) -> bool:
         """True if anything that acts here has to see rows of a batch whole, each of them one text."""
-        acting: Any = (*self._before, *self._after, *self._weights)
-        routed = not all(isinstance(one, Adapter) for one in acting)
+        scope = self._scopes.current()
+        routed = scope is not None and scope.route is not None
         return routed or any(
-            getattr(module, "needs_whole_sequences", False) for one in acting for module in one.modules()
+            getattr(module, "needs_whole_sequences", False)
+            for one in self.acting_adapters()
+            for module in one.modules()
         )
 
     def parts(self, name: str) -> Mapping[str, Adapter]:
         """Every adapter ``name`` by part, those too that act on nothing by themselves."""
         return self._parts.get(name, {})
 
+    def replaces(self, name: str) -> bool:
+        """True if an acting adapter puts a tensor in place of the host's ``name``."""
+        return any(name in adapter.names for adapter in self.acting().weights)
+
     def _note(self, name: str) -> None:
         """Keep the adapters ``name`` at hand: switching goes through all layers of a model."""
         slots = {part_name(slot): child for slot, child in self.named_children() if adapter_name(slot) == name}
-        parts = {part: child for part, child in slots.items() if isinstance(child, Adapter)}
-        own = list(parts.values())
-        before = sorted((a for a in own if isinstance(a, InputAdapter)), key=_before)
-        after = sorted((a for a in own if isinstance(a, OutputAdapter)), key=_behind)
-        self._own[name] = tuple(before), tuple(after), tuple(a for a in own if isinstance(a, WeightAdapter))
-        self._parts[name] = parts
-        if not own:
-            del self._own[name], self._parts[name]
-
-    def replaces(self, name: str) -> bool:
-        """True if an acting adapter puts a tensor in place of the host's ``name``."""
-        return any(name in adapter.names for adapter in self._weights)
-
-    def restore(self, host: nn.Module, ran: bool = False) -> None:
-        """Put back what the weight adapters displaced.
-
-        Unless the host ``ran`` to its end just now, something else may have done so: ``torch.func.functional_call``
-        leaves the base's own tensors behind when it is interrupted, and displaced were those that it was given.
-        """
-        for path, (original, replacement) in self._displaced.items():
-            table, name = _table(host, path)
-            if ran or table[name] is replacement:
-                table[name] = original
-        if self._displaced and isinstance(host, nn.RNNBase):
-            _refresh_flat_weights(host)
-        self._displaced.clear()
-
-    def run(self, host: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call ``forward`` of the host with the hooks below around it, as torch does when the host is called."""
-        self.swap_in(host, args)
-        try:
-            args, kwargs = self.before(host, args, kwargs)
-            output = forward(*args, **kwargs)
-        finally:
-            self.swap_out(host, args, None)
-        return self.after(host, args, kwargs, output)
+        self._parts[name] = {part: child for part, child in slots.items() if isinstance(child, Adapter)}
+        if not self._parts[name]:
+            del self._parts[name]
+        self._kinds.clear()
 
     # The hooks -------------------------------------------------------------------------------------------------------
 
     def before(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for adapter in self._before:
+        acting = self.acting()
+        if (acting.around or acting.weights) and not torch.compiler.is_dynamo_compiling():
+            _due.hosts.add(id(self))
+        for adapter in acting.before:
             args, kwargs = adapter(args, kwargs)
         return args, kwargs
 
     def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        acting = self.acting()
+        if (acting.around or acting.weights) and not torch.compiler.is_dynamo_compiling() and id(self) in _due.hosts:
+            _due.hosts.discard(id(self))
+            raise NotApplicableError(
+                f"The forward of '{self._path}' ({type(host).__name__}) was replaced after an adapter was attached to "
+                "it, which therefore does not act. Replace it first, and inject then."
+            )
+        if not acting.after:
+            return output
         x, owns_output = first_input(args, kwargs), self._is_first(host)
-        for adapter in self._after:
+        for adapter in acting.after:
             if owns_output and isinstance(adapter, OutputAdapter) and adapter.in_place:
                 output, owns_output = adapter.forward_(x, output), not adapter.saves_output
             else:  # what comes of it may be something that its backward reads
@@ -181,26 +227,36 @@ class AdapterSlots(Beside):
             not torch.compiler.is_compiling()
             and next(iter(host._forward_hooks.values()), None) == self.after
             and not _global_forward_hooks
-            and "forward" not in vars(host)  # put around the module's own by another library
+            and is_own_forward(host)
         )
 
-    def swap_in(self, host: nn.Module, args: tuple[Any, ...]) -> None:
-        self.restore(host)  # torch's always_call does not cover KeyboardInterrupt
-        for adapter in self._weights:
+
+class HostForward(HeldForward):
+    """The forward of a host, with the adapters that act around it and on what it reads."""
+
+    def __init__(self, host: nn.Module, slots: AdapterSlots) -> None:
+        super().__init__(host)
+        self.slots = slots
+
+    def replaced(self) -> dict[str, Any]:
+        made: dict[str, Any] = {}
+        for adapter in self.slots.acting().weights:
             for path in adapter.names:
-                table, name = _table(host, path)
-                # Only the first of several adapters sees the base's own tensor, the one to be put back.
-                original, _ = self._displaced.get(path, (table[name], None))
-                table[name] = adapter(table[name], path)
-                self._displaced[path] = original, table[name]
-        if self._weights and isinstance(host, nn.RNNBase):
-            _refresh_flat_weights(host)
+                made[path] = adapter(made[path] if path in made else value_at(self.host, path), path)
+        return made
 
-    def swap_out(self, host: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.restore(host, ran=True)
+    def around(self) -> tuple[CallAdapter, ...]:
+        return self.slots.acting().around
 
-    def before_state_dict(self, host: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self.restore(host)
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            _due.hosts.discard(id(self.slots))
+        return super().run(args, kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.holds and (routed := self.slots.routed()) is not None:
+            return routed(self, args, kwargs)
+        return self.run(args, kwargs)
 
 
 def adapter_name(slot: str) -> str:
@@ -224,28 +280,9 @@ def slot_name(name: str, part: str) -> str:
     return f"{name}:{part}" if part else name
 
 
-def _before(adapter: Adapter) -> int:
-    return adapter.nesting
-
-
-def _behind(adapter: Adapter) -> int:
-    return -adapter.nesting
-
-
 def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:
     """Yield ``(path, host, slots)`` for every host below ``model`` (itself included) that carries adapters."""
     for path, module in modules_outside(model):
         slots = module._modules.get(CHILD)
         if isinstance(slots, AdapterSlots):
             yield path, module, slots
-
-
-def _table(host: nn.Module, path: str) -> tuple[dict[str, Any], str]:
-    """The table of parameters, buffers or plain attributes that holds ``path`` of ``host``, and the name in it."""
-    owner, name = host.get_submodule(parent(path)) if "." in path else host, leaf(path)
-    return next(table for table in (owner._parameters, owner._buffers, vars(owner)) if name in table), name
-
-
-def _refresh_flat_weights(rnn: nn.RNNBase) -> None:
-    # Recurrent layers read their weights through a list of their own, made when a weight is assigned.
-    rnn._flat_weights = [getattr(rnn, name) for name in rnn._flat_weights_names]

@@ -69,7 +69,6 @@ def combine(
     made = _copies(owner, sources[0])
     for place, adapter in made.items():
         host = owner.get_submodule(place[0])
-        registry.slots[place[0]].restore(host)
         try:
             adapter.combine([source[place] for source in sources], recipe, dict(base_tensors(host)))
         except NotApplicableError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, InputAdapter, OutputAdapter, WeightAdapter
+from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.errors import NotMergeableError
 from lightning_peft.injection.inject import remove
 from lightning_peft.injection.registry import Registry, find_adapter
@@ -105,7 +105,6 @@ def _folded(model: nn.Module, name: str, untie: bool, dequantize: bool = False) 
     # Host by host: the adapters of one host change each other's weights, those of two hosts only a tied one.
     for path, adapters in _by_host(registry, name).items():
         host = owner.get_submodule(path)
-        registry.slots[path].restore(host)
         before = {key: tensor for key, tensor in base_tensors(host)}
         values = _Widened(before, host, dequantize)
         changed: dict[str, Tensor] = {}
@@ -229,6 +228,8 @@ def _depends(adapter: Adapter, other: Adapter, changed: Set[str], first: bool) -
         return False
     if isinstance(adapter, WeightAdapter) and isinstance(other, WeightAdapter):
         return first and not set(adapter.names).isdisjoint(other.names)
+    if isinstance(other, CallAdapter):  # with the host's weights, and what reads and makes them
+        return isinstance(adapter, (InputAdapter, OutputAdapter))
     if isinstance(other, WeightAdapter):  # what it makes of the merged weight, or puts in its place
         return adapter.uses_base_weight or not changed.isdisjoint(other.names)
     if isinstance(adapter, InputAdapter):  # an output adapter reads what the input adapters have made
@@ -238,10 +239,11 @@ def _depends(adapter: Adapter, other: Adapter, changed: Set[str], first: bool) -
 
 def _in_order(adapters: list[Adapter]) -> list[Adapter]:
     """The order in which to fold: the weights' own, what comes behind the host, then, backwards, what is before it."""
-    weights, outputs, inputs = (
-        [a for a in adapters if isinstance(a, kind)] for kind in (WeightAdapter, OutputAdapter, InputAdapter)
+    weights, calls, outputs, inputs = (
+        [a for a in adapters if isinstance(a, kind)]
+        for kind in (WeightAdapter, CallAdapter, OutputAdapter, InputAdapter)
     )
-    return [*weights, *outputs, *reversed(inputs)]  # others act through these
+    return [*weights, *calls, *outputs, *reversed(inputs)]  # others act through these
 
 
 def _by_host(registry: Registry, name: str) -> dict[str, list[Adapter]]:

@@ -125,13 +125,13 @@ class PrefixTuning(Method):
 
 
 class Prefix(nn.Module):
-    """Keys and values of one attention: () -> two of (P, features), or (batch, P, features) behind a gate."""
+    """Keys and values of one attention: its input x -> two of (P, features), or (batch, P, features) behind a gate."""
 
     def __init__(self, method: PrefixTuning, features: int, like: Tensor, trunk: "Trunk | None") -> None:
         super().__init__()
         options: dict[str, Any] = {"device": like.device, "dtype": adapter_dtype(like)}
         self._trunk = Reference(trunk)  # it has its own place, and every layer uses it
-        self.gate: Any = None  # a tap, where there is one
+        self.gate: Reference[Any] = Reference(None)
         if trunk is None:
             size = (method.num_virtual_tokens, features)
             self.keys, self.values = (nn.Parameter(torch.empty(size, **options)) for _ in "kv")
@@ -155,11 +155,11 @@ class Prefix(nn.Module):
         self._trunk = Reference(None)
         return True
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.flat()
-        if self.gate is None:
+        if self.gate.module is None:
             return keys, values
-        gate = self.gate.take()
+        gate = self.gate.module(x)  # (batch, 1, 1)
         return keys * gate, values * gate
 
 

@@ -1,8 +1,8 @@
 """Keys and values before an attention's own.
 
 The attentions of transformers look up the function that computes them, under the name that their config gives. While a
-prefix acts, its attention sees a config that names :func:`attend`, which puts the prefix in front and calls the
-function that was meant. No base module, config or global setting is changed for longer than the attention runs.
+prefix acts, its attention sees a config, in this call alone, that names :func:`attend`, which puts the prefix in front
+and calls the function that was meant. No base module, config or global setting is changed.
 """
 
 import inspect
@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import Adapter, InputAdapter, Reference, WeightAdapter
+from lightning_peft.core.adapter import Adapter, CallAdapter, Reference, Run
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.network.calls import argument_names, bound, code_names
+from lightning_peft.network.calls import argument_names, bound, code_names, first_input
 from lightning_peft.optional import check_hf_version, hf_attention_functions
 from lightning_peft.prompting.call import layer_cached_tokens, no_cache_found
 
@@ -24,53 +23,41 @@ _KNOWN = ("sdpa", "eager")  # those whose mask has a column for each key
 _functions: Any = None  # transformers' table of attention functions, once a prefix needs it
 
 
-class PrefixedAttention(WeightAdapter):
+class PrefixedAttention(CallAdapter):
     """Puts keys and values before the own ones of an attention of transformers.
 
     Args:
-        prefix: called without arguments, gives keys and values, each (P, heads · features) or (batch, P, ...).
+        prefix: called with the attention's input, gives keys and values, each (P, heads · features) or (batch, P, ...).
         host: the attention.
         relative: the module whose ``compute_bias`` gives the bias of relative positions, where the model has one.
-        past: filled by a :class:`CacheLength` on the same host, where there is such a module.
     """
 
-    names = ("config",)
-
-    def __init__(self, prefix: nn.Module, host: nn.Module, relative: nn.Module | None, past: Tap) -> None:
+    def __init__(self, prefix: nn.Module, host: nn.Module, relative: nn.Module | None) -> None:
         super().__init__()
-        self.prefix, self.past = prefix, past
-        self._eager = inspect.unwrap(type(host).forward).__globals__.get("eager_attention_forward")
-        self._relative = Reference(relative)
+        self.prefix = prefix
+        self.names = argument_names(host)
+        self.layer = int(getattr(host, "layer_idx", None) or 0)
+        self.eager = inspect.unwrap(type(host).forward).__globals__.get("eager_attention_forward")
+        self.relative = Reference(relative)
         check_hf_version()
         _register()
 
-    def forward(self, config: Any, name: str) -> "_RoutedConfig":
-        return _RoutedConfig(config, self)
+    def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        past = None
+        if self.relative.module is not None:  # before the attention adds to its cache
+            past = layer_cached_tokens(bound(self.names, args, kwargs), self.layer)
+        keys, values = self.prefix(first_input(args, kwargs))
+        host = vars(run.host)  # of this call alone
+        host["config"] = _RoutedConfig(host["config"], self, keys, values, past)
+        return run(args, kwargs)
 
     def eject(self) -> bool:
         eject_prefix(self, self.prefix)
         return False
 
-    def merge(self, parameters: Any) -> dict[str, Tensor]:
-        return Adapter.merge(self, parameters)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         _register()  # in the process that unpickles it
-
-
-class CacheLength(InputAdapter):
-    """Notes how many tokens are in the cache of an attention before it adds new ones."""
-
-    def __init__(self, host: nn.Module, past: Tap) -> None:
-        super().__init__()
-        self.past = past
-        self.names = argument_names(host)
-        self.layer = int(getattr(host, "layer_idx", None) or 0)
-
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.past.value = layer_cached_tokens(bound(self.names, args, kwargs), self.layer)
-        return args, kwargs
 
 
 def eject_prefix(adapter: Adapter, prefix: Any) -> None:
@@ -80,12 +67,12 @@ def eject_prefix(adapter: Adapter, prefix: Any) -> None:
 
 
 class _RoutedConfig:
-    """An attention's config but for the name of the function that computes it."""
+    """An attention's config but for the name of the function that computes it, with what that needs for one prefix."""
 
     _attn_implementation = _NAME
 
-    def __init__(self, config: Any, prefix: PrefixedAttention) -> None:
-        self.routed_config, self.adapter = config, prefix
+    def __init__(self, config: Any, adapter: PrefixedAttention, keys: Tensor, values: Tensor, past: Any) -> None:
+        self.routed_config, self.adapter, self.keys, self.values, self.past = config, adapter, keys, values, past
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.routed_config, name)
@@ -107,19 +94,20 @@ def attend(
     Returns:
         What the attention function of the module's own config returns.
     """
-    config, prefixes = module.config, []
+    config = module.config
+    prefixes: list[_RoutedConfig] = []
     while isinstance(config, _RoutedConfig):
-        prefixes.append(config.adapter)
+        prefixes.append(config)
         config = config.routed_config
     name = config._attn_implementation
     if name not in _KNOWN:
         raise NotApplicableError(_unknown(module, name))
-    function = _functions.get_interface(name, prefixes[0]._eager)
+    function = _functions.get_interface(name, prefixes[0].adapter.eager)
     # A causal kernel without a mask would hide the prefix from the first tokens.
     attention_mask = _explicit(module, query, key, attention_mask, name, kwargs.get("is_causal"))
     ahead = 0
     for prefix in reversed(prefixes):
-        keys, values = (_heads(x, key) for x in prefix.prefix())
+        keys, values = _heads(prefix.keys, key), _heads(prefix.values, key)
         before, length = keys.shape[2], key.shape[2]
         ahead += before
         key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
@@ -165,12 +153,12 @@ def _heads(x: Tensor, like: Tensor) -> Tensor:
     return split.transpose(-2, -3).expand(like.shape[0], -1, -1, -1)
 
 
-def _relative_bias(prefix: PrefixedAttention, bias: Tensor, before: int, ahead: int) -> Tensor:
+def _relative_bias(prefix: _RoutedConfig, bias: Tensor, before: int, ahead: int) -> Tensor:
     """The columns of a prefix that begins ``ahead`` of the first key; zero in an attention without positions."""
-    source: Any = prefix._relative.module
+    source: Any = prefix.adapter.relative.module
     if source is None:
         return bias.new_zeros(*bias.shape[:-1], before)
-    past, queries, keys = prefix.past.take(), bias.shape[-2], bias.shape[-1] - ahead + before
+    past, queries, keys = prefix.past, bias.shape[-2], bias.shape[-1] - ahead + before
     if past is None and keys > queries:
         raise no_cache_found(queries, keys)
     past = 0 if past is None else past

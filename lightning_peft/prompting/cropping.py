@@ -9,9 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference
-from lightning_peft.network.calls import argument_names, bound
+from lightning_peft.core.adapter import CallAdapter, Reference, Run
+from lightning_peft.network.calls import Call, argument_names, bound
 from lightning_peft.prompting.padding import extract
 
 _SEQUENCES = ("last_hidden_state", "hidden_states", "logits", "prediction_logits")  # (..., length, features)
@@ -19,64 +18,42 @@ _SPANS = ("start_logits", "end_logits")  # (batch, length)
 _Cut = Callable[[Tensor, int], Tensor]  # what stays of a tensor that has tokens in this dimension
 
 
-class NamedOutput(InputAdapter):
-    """Asks the model for outputs by name, and notes in a tap that the caller wants a plain tuple."""
-
-    def __init__(self, pretrained: Any, plain: Tap) -> None:
-        super().__init__()
-        self._pretrained = Reference(pretrained)
-        self.plain = plain
-        self.names = argument_names(pretrained)
-
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = bound(self.names, args, kwargs)
-        wanted = call.get("return_dict")
-        wanted = self._pretrained.module.config.return_dict if wanted is None else wanted
-        self.plain.value = wanted is False
-        return ((), {**call, "return_dict": True}) if self.plain.value else (args, kwargs)
+def with_names(pretrained: Any, run: Run, call: Call, crop: Callable[[Any], Any]) -> Any:
+    """Run a call of ``pretrained`` for outputs by name, crop them, and give a tuple where the caller wants one."""
+    wanted = call.get("return_dict")
+    plain = (pretrained.config.return_dict if wanted is None else wanted) is False
+    output = crop(run((), {**call, "return_dict": True} if plain else call))
+    return output.to_tuple() if plain and hasattr(output, "to_tuple") else output
 
 
-class PlainOutput(OutputAdapter):
-    """Turns the output back into a tuple, where the caller wants one."""
+def crop_prompt(output: Any, new: int, total: int, padding: Tensor | None) -> Any:
+    """Cut what a model puts out for each token to the tokens that were sent.
 
-    nesting = -1  # when all is cut
-
-    def __init__(self, plain: Tap) -> None:
-        super().__init__()
-        self.plain = plain
-
-    def forward(self, x: Any, y: Any) -> Any:
-        return y.to_tuple() if self.plain.take() and hasattr(y, "to_tuple") else y
-
-
-class PromptCrop(OutputAdapter):
-    """Cuts what the model puts out for each token to the tokens that were sent."""
-
-    def __init__(self, lengths: Tap) -> None:
-        super().__init__()
-        self.lengths = lengths
-
-    def forward(self, x: Any, y: Any) -> Any:
-        lengths = self.lengths.take()
-        if lengths is None:
-            return y
-        new, total, padding = lengths
-        return _crop(
-            y,
-            lambda x, dim: extract(x, dim, min(x.shape[dim], new), padding),
-            lambda x, dim: extract(x, dim, min(x.shape[dim], total), padding),
-        )
+    Args:
+        output: of the model.
+        new: tokens that the call has brought.
+        total: tokens of text that the call and its cache hold.
+        padding: how many tokens of padding each row begins with, (..., 1); None where no row does.
+    """
+    return _crop(
+        output,
+        lambda x, dim: extract(x, dim, min(x.shape[dim], new), padding),
+        lambda x, dim: extract(x, dim, min(x.shape[dim], total), padding),
+    )
 
 
-class EncoderCrop(OutputAdapter):
+class EncoderCrop(CallAdapter):
     """Cuts what an encoder-decoder model hands out of its encoder by the virtual tokens."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, pretrained: Any) -> None:
         super().__init__()
         self.size = size
+        self._pretrained = Reference(pretrained)
+        self.names = argument_names(pretrained)
 
-    def forward(self, x: Any, y: Any) -> Any:
-        return _crop(y, self._text, self._text, "encoder_")
+    def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = bound(self.names, args, kwargs)
+        return with_names(self._pretrained.module, run, call, lambda y: _crop(y, self._text, self._text, "encoder_"))
 
     def _text(self, x: Tensor, dim: int) -> Tensor:
         return extract(x, dim, x.shape[dim] - self.size)

@@ -1,93 +1,53 @@
 """Keys and values before an ``nn.MultiheadAttention``'s own, which has no argument for them.
 
-The attention is computed here, with the weights that the module would use at that moment. Its own forward, which a hook
-cannot keep from running, gets a single token meanwhile.
+The attention is computed here, in place of the module's own forward, with the weights that this would use.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference
+from lightning_peft.core.adapter import CallAdapter, Run
 from lightning_peft.errors import ConfigError
-from lightning_peft.network.walk import CHILD
+from lightning_peft.network.calls import bound
 from lightning_peft.prompting.attention import eject_prefix
 
 _ORDER = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
 
 
-@dataclass
-class _Call:
-    """One call of an attention, put off until every prefix is known."""
-
-    arguments: dict[str, Any]
-    weights: dict[str, Tensor | None]
-    prefixes: list[tuple[Tensor, Tensor]]
-    token: Tensor
-    """The query that the host gets meanwhile."""
-
-
-class PrefixedMultihead(InputAdapter):
+class PrefixedMultihead(CallAdapter):
     """Puts keys and values before an ``nn.MultiheadAttention``'s own.
 
     Args:
-        prefix: called without arguments, gives keys and values, each (P, embed_dim) or (batch, P, embed_dim).
-        host: the attention.
+        prefix: called with the attention's query, gives keys and values, each (P, embed_dim) or (batch, P, embed_dim).
     """
 
-    nesting = 1  # behind it, the host is called with one token
-
-    def __init__(self, prefix: nn.Module, host: nn.MultiheadAttention) -> None:
+    def __init__(self, prefix: nn.Module) -> None:
         super().__init__()
-        self.prefix, self.tap = prefix, Tap()
-        self._host = Reference(host)
+        self.prefix = prefix
 
     def eject(self) -> bool:
         eject_prefix(self, self.prefix)
         return False
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tap = _tap(self._host.module)
-        call = tap.value
-        if call is not None and kwargs.get("query") is call.token:  # another prefix came first
-            call.prefixes.append(self.prefix())
-            return args, kwargs
-        arguments = {**dict(zip(_ORDER, args, strict=False)), **kwargs}
-        if arguments.get("is_causal") and arguments.get("attn_mask") is None:
+    def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        given = bound(_ORDER, args, kwargs)
+        if given.get("is_causal") and given.get("attn_mask") is None:
             raise ConfigError("is_causal=True is a hint beside attn_mask, as in nn.MultiheadAttention: give the mask.")
-        # Now, because what other adapters have put in place of the weights is taken away before outputs are adapted.
-        dim = self._host.module.batch_first and arguments["query"].dim() == 3
-        one = {name: arguments[name].narrow(int(dim), 0, 1) for name in ("query", "key", "value")}
-        tap.value = _Call(arguments, _weights(self._host.module), [self.prefix()], one["query"])
-        return (), {**one, "need_weights": False}
+        # The rest of the call, which is not run, are further prefixes and the forward that is computed here.
+        others = [adapter for adapter in run.rest if isinstance(adapter, PrefixedMultihead)]
+        prefixes = [adapter.prefix(given["query"]) for adapter in (self, *others)]
+        return _attend(run.host, given, prefixes)  # type: ignore[arg-type]
 
 
-class MultiheadOutput(OutputAdapter):
-    """Computes the call that :class:`PrefixedMultihead` put off; the first one computes it with all prefixes."""
-
-    nesting = 1
-
-    def __init__(self, host: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self._host = Reference(host)
-
-    def forward(self, x: Tensor, y: Any) -> Any:
-        call = _tap(self._host.module).take()
-        return y if call is None else _attend(self._host.module, call)
-
-
-def _tap(host: nn.MultiheadAttention) -> Tap:
-    """The one tap of all prefixes that ``host`` carries: the first one's."""
-    return next(one.tap for one in host._modules[CHILD].children() if isinstance(one, PrefixedMultihead))  # type: ignore[union-attr]
-
-
-def _attend(host: nn.MultiheadAttention, call: _Call) -> tuple[Tensor, Tensor | None]:
-    given, w = call.arguments, call.weights
+def _attend(
+    host: nn.MultiheadAttention, given: dict[str, Any], prefixes: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor | None]:
+    w = _weights(host)
     query, key, value = given["query"], given["key"], given["value"]
     batched = query.dim() == 3
     if not batched:
@@ -105,7 +65,7 @@ def _attend(host: nn.MultiheadAttention, call: _Call) -> tuple[Tensor, Tensor | 
         k, v, behind = _append(k, zero), _append(v, zero), behind + 1
     # In front of all keys: bias_k and the zero stand behind them.
     before = 0
-    for keys, values in call.prefixes:
+    for keys, values in prefixes:
         before += keys.shape[-2]
         k = torch.cat([keys.to(k.dtype).expand(k.shape[0], -1, -1), k], 1)
         v = torch.cat([values.to(v.dtype).expand(v.shape[0], -1, -1), v], 1)
@@ -131,7 +91,7 @@ def _attend(host: nn.MultiheadAttention, call: _Call) -> tuple[Tensor, Tensor | 
 
 
 def _weights(host: nn.MultiheadAttention) -> dict[str, Tensor | None]:
-    """The weights that are in force now, by what they make."""
+    """The weights of ``host`` by what they make."""
     joint: Any = host._parameters["in_proj_weight"]
     if joint is None:
         q, k, v = (host._parameters[f"{name}_proj_weight"] for name in "qkv")

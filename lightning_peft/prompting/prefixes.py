@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.components.gate import Gate, GatedInput
-from lightning_peft.components.taps import Tap
+from lightning_peft.components.gate import Gate, InputGate
+from lightning_peft.core.adapter import Reference
 from lightning_peft.core.method import Placement
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.blocks import PROJECTIONS, Attention
@@ -14,8 +14,8 @@ from lightning_peft.network.calls import batch_dim
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.patterns import layer_index
 from lightning_peft.network.walk import base_modules, join, leaf
-from lightning_peft.prompting.attention import CacheLength, PrefixedAttention, check_implementation, routes_attention
-from lightning_peft.prompting.multihead import MultiheadOutput, PrefixedMultihead
+from lightning_peft.prompting.attention import PrefixedAttention, check_implementation, routes_attention
+from lightning_peft.prompting.multihead import PrefixedMultihead
 
 
 def attention_host(model: nn.Module, attention: Attention, hosts: dict[str, Host]) -> tuple[str, int]:
@@ -54,25 +54,22 @@ def place_prefix(
     """Yield the adapters that put ``prefix`` before the keys and values of the attention at ``path``.
 
     Args:
-        prefix: a module, () -> keys and values, each (P, features) or (batch, P, features).
+        prefix: a module; called with the attention's first input, gives keys and values, each (P, features) or
+            (batch, P, features).
         model: the network.
         path: of the attention.
         cross: whether it attends to another sequence.
-        gate_features: of the attention's input, from which a gate is computed into ``prefix.gate``; None for no gate.
+        gate_features: of the attention's input, for the gate that is put into ``prefix.gate``; None for no gate.
     """
     host = model.get_submodule(path)
     if gate_features is not None:
-        prefix.gate = Tap()
-        gate = Gate(gate_features, next(prefix.parameters()))
-        yield Placement(path, GatedInput(gate, prefix.gate, batch_dim(host)), "gate")
+        gate = InputGate(Gate(gate_features, next(prefix.parameters())), batch_dim(host))
+        prefix.gate = Reference(gate)  # it has its own place among the adapters of the host
+        yield Placement(path, gate, "gate")
     if isinstance(host, nn.MultiheadAttention):
-        yield Placement(path, PrefixedMultihead(prefix, host))
-        yield Placement(path, MultiheadOutput(host), "output")
+        yield Placement(path, PrefixedMultihead(prefix))
     else:
-        relative, past = None if cross else _relative(model, path), Tap()
-        yield Placement(path, PrefixedAttention(prefix, host, relative, past))
-        if relative is not None:
-            yield Placement(path, CacheLength(host, past), "past")
+        yield Placement(path, PrefixedAttention(prefix, host, None if cross else _relative(model, path)))
 
 
 def _relative(model: nn.Module, path: str) -> nn.Module | None:

@@ -7,20 +7,19 @@ decoder follows, whose texts are padded at their end.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.components.taps import Tap
-from lightning_peft.core.adapter import InputAdapter, OutputAdapter, Reference
+from lightning_peft.core.adapter import CallAdapter, InputAdapter, OutputAdapter, Reference, Run
 from lightning_peft.core.method import Placement, Plan
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.network.calls import Call, argument_names, bound
 from lightning_peft.network.positions import check_room, free_positions, position_modules
 from lightning_peft.network.pretrained import pretrained_models
-from lightning_peft.network.walk import CHILD
 from lightning_peft.optional import check_hf_version
 from lightning_peft.prompting.call import (
     cached_tokens,
@@ -32,7 +31,7 @@ from lightning_peft.prompting.call import (
     text_length,
     token_types,
 )
-from lightning_peft.prompting.cropping import EncoderCrop, NamedOutput, PlainOutput, PromptCrop
+from lightning_peft.prompting.cropping import EncoderCrop, crop_prompt, with_names
 from lightning_peft.prompting.padding import insert, overwrite
 
 _IGNORED = -100  # the label that transformers' losses leave out
@@ -97,71 +96,83 @@ def _place_prompt(
     tables = [(f"{at}.{table}" if at else table, module) for table, module in position_modules(reader)]
     for table, module in tables:
         check_room(name, size, table, module)
-    vectors, lengths, plain = Tap(), Tap(), Tap()
+    vectors = Tap()
     room = min(((free, table) for table, module in tables if (free := free_positions(module))), default=None)
-    # Their order is that of one call: the model's own arguments, its embedding, its outputs.
     placements = [
-        Placement(at, PromptInput(prompt, size, pretrained, vectors, lengths, room)),
+        Placement(at, PromptedCall(prompt, size, pretrained, vectors, room)),
         Placement(
             _path_of(model, _embedding_of(pretrained)),
             PromptEmbedding(prompt, size, _placeholder(pretrained), vectors),
             "embedding",
         ),
-        Placement(path, NamedOutput(pretrained, plain), "names"),
-        Placement(path, PlainOutput(plain), "plain"),
     ]
     if crossing:
         decoder = pretrained.get_decoder()
         placements.append(Placement(_path_of(model, decoder), CrossMask(size, decoder), "mask"))
-        placements.append(Placement(path, EncoderCrop(size), "crop"))
-    else:
-        placements.append(Placement(path, PromptCrop(lengths), "crop"))
+        placements.append(Placement(path, EncoderCrop(size, pretrained), "crop"))
     return placements
 
 
-class PromptInput(InputAdapter):
-    """Makes room for the virtual tokens in everything that the model is called with."""
+class Placeholders(NamedTuple):
+    """Where the placeholders of one call are, for the embedding that looks them up."""
+
+    start: int
+    """Their first place in a row, where no padding is before it."""
+    rows: int
+    total: int
+    """Tokens of a row, all that are virtual included."""
+    padding: Tensor | None
+
+
+class PromptedCall(CallAdapter):
+    """Makes room for the virtual tokens in everything that the model is called with, and cuts them off its output."""
 
     needs_whole_sequences = True  # they stand before a row
 
-    def __init__(self, prompt: nn.Module, size: int, pretrained: Any, vectors: Tap, lengths: Tap, room: Any) -> None:
+    def __init__(self, prompt: nn.Module, size: int, pretrained: Any, vectors: Tap, room: Any) -> None:
         super().__init__()
         self.prompt, self.size, self.placeholder, self.room = prompt, size, _placeholder(pretrained), room
-        self.vectors, self.lengths, self.crossing = vectors, lengths, pretrained.config.is_encoder_decoder
-        reader = pretrained.get_encoder() if self.crossing else pretrained
-        self._reader = Reference(reader)
-        self.names = argument_names(reader)
+        self.vectors, self.crossing = vectors, pretrained.config.is_encoder_decoder
+        self._pretrained = Reference(pretrained)
+        self.names = argument_names(pretrained.get_encoder() if self.crossing else pretrained)
 
-    def forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def forward(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = bound(self.names, args, kwargs)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
-        self.vectors.value = self.lengths.value = None
         if (ids is None and embeds is None) or resumes_recurrence(call):
-            return args, kwargs
+            return run(args, kwargs)
         shape = embeds.shape[:-1] if embeds is not None else ids.shape  # type: ignore[union-attr]
-        past = cached_tokens(call, shape[-1])
-        self._check(past + shape[-1] + (0 if past else self.size))
+        new, past = shape[-1], cached_tokens(call, shape[-1])
+        self._check(past + new + (0 if past else self.size))
         padding = row_padding(call, len(shape))
         if not past:
             check_one_text(call)
             check_token_arguments(call, shape)
         if self.crossing:  # an encoder's texts are padded at their end
             padding = None
-        text = self._text_in(past, shape[-1], call) if past else shape[-1]
+        text = self._text_in(run, past, new, call) if past else new
         if call.get("attention_mask") is not None:
             call["attention_mask"] = self._inserted(call["attention_mask"], 1, padding)
         call.update(self._moved(call, padding, new=not past))
-        self.lengths.value = shape[-1], text, padding
-        if past:  # the virtual tokens are in the cache: only what speaks of the whole text is to know of them
-            return (), call
+        if not past:  # else the virtual tokens are in the cache: only what speaks of the whole text is to know of them
+            self._insert(run, call, shape, padding)
+        try:
+            if self.crossing:
+                return run((), call)
+            return with_names(self._pretrained.module, run, call, lambda y: crop_prompt(y, new, text, padding))
+        finally:
+            self.vectors.take()  # of a call that did not come to the embedding
+
+    def _insert(self, run: Run, call: Call, shape: Sequence[int], padding: Tensor | None) -> None:
+        """Put the virtual tokens into everything in ``call`` that says something of each token."""
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if embeds is not None:
             vectors = self.prompt().to(embeds.dtype).expand(*shape[:-1], -1, -1)
             call["inputs_embeds"] = insert(embeds, vectors, padding, -2)
         if ids is not None:
-            prompts = self._acting()
-            start = sum(prompt.size for prompt in prompts[prompts.index(self) + 1 :])  # those go before this one
-            rows, total = math.prod(shape[:-1]), start + self.size + shape[-1]
-            self.vectors.value = (start, rows, total, padding) if embeds is None else None
+            start = sum(prompt.size for prompt in _prompts(run.rest))  # those go before this one
+            if embeds is None:
+                self.vectors.put(Placeholders(start, math.prod(shape[:-1]), start + self.size + shape[-1], padding))
             call["input_ids"] = self._inserted(ids, self.placeholder, padding)
         for name, types in token_types(call):
             call[name] = self._inserted(types, 0, padding)  # text, for models that see images, too
@@ -176,26 +187,19 @@ class PromptInput(InputAdapter):
         kept = call.get("logits_to_keep")
         if isinstance(kept, Tensor):
             call["logits_to_keep"] = torch.where(kept < 0, kept, kept + self.size)
-        return (), call
 
-    def _text_in(self, past: int, new: int, call: Call) -> int:
+    def _text_in(self, run: Run, past: int, new: int, call: Call) -> int:
         """How many tokens of text the cache and the call hold."""
-        prompts = self._acting()
+        prompts = _prompts(run.around)
         text = past + new - sum(prompt.size for prompt in prompts)
         told = text_length(call)
-        if (
-            told not in (None, text) and prompts[0] is self
-        ):  # what the call tells the others has the virtual tokens before theirs
+        # To the others the call tells of the virtual tokens before theirs.
+        if told not in (None, text) and prompts[0] is self:
             raise NotApplicableError(
                 f"The cache holds {past} tokens, {past + new - text} of them virtual, and with {new} new ones that is "
                 f"no text of {told}. To go on from a cache, give generate the new tokens alone, with the mask of all."
             )
         return text
-
-    def _acting(self) -> list["PromptInput"]:
-        """The active prompts of the model, in their order: each stands before the earlier ones."""
-        slots: Any = self._reader.module._modules[CHILD]
-        return [adapter for adapter in slots.acting() if isinstance(adapter, PromptInput)]
 
     def _moved(self, call: Call, padding: Tensor | None, new: bool) -> dict[str, Tensor]:
         """Positions behind the virtual tokens, and the virtual tokens' own positions if they are new."""
@@ -229,23 +233,23 @@ class PromptEmbedding(OutputAdapter):
         self.size, self.placeholder, self.vectors = size, placeholder, vectors
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        if (place := self.vectors.take()) is None:
+        place: Placeholders | None = self.vectors.take()
+        if place is None:
             return y
-        start, rows, total, padding = place
         # More columns are the model's own: padding behind the text (Longformer), or tokens before it (CPM-Ant).
-        if math.prod(x.shape[:-1]) != rows or x.shape[-1] < total or (x.shape[-1] > total and self._moved(x, place)):
+        width, rows, total = x.shape[-1], place.rows, place.total
+        if math.prod(x.shape[:-1]) != rows or width < total or (width > total and self._moved(x, place)):
             raise NotApplicableError(
                 f"The model looks its tokens up as {tuple(x.shape)}, which is not {rows} rows of {total} tokens that "
                 "begin with the virtual ones: these have no place before the text. Use LoRA or BottleneckAdapter."
             )
         vectors = self._prompt.module().to(y.dtype).expand(*y.shape[:-2], -1, -1)
-        return overwrite(y, vectors, start, padding)
+        return overwrite(y, vectors, place.start, place.padding)
 
-    def _moved(self, x: Tensor, place: tuple[int, int, int, Tensor | None]) -> bool:
+    def _moved(self, x: Tensor, place: Placeholders) -> bool:
         """True if the placeholders are not where they were put."""
-        start, _, _, padding = place
         expected = torch.full_like(x[..., : self.size], self.placeholder)
-        return not torch.equal(overwrite(x[..., None], expected[..., None], start, padding)[..., 0], x)
+        return not torch.equal(overwrite(x[..., None], expected[..., None], place.start, place.padding)[..., 0], x)
 
 
 class CrossMask(InputAdapter):
@@ -267,6 +271,11 @@ class CrossMask(InputAdapter):
                 )
             call["encoder_attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self.size), mask], -1)
         return (), call
+
+
+def _prompts(adapters: Iterable[CallAdapter]) -> list[PromptedCall]:
+    """The prompts of the model among ``adapters``, in their order: each stands before the earlier ones."""
+    return [adapter for adapter in adapters if isinstance(adapter, PromptedCall)]
 
 
 def _placeholder(pretrained: Any) -> int:

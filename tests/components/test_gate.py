@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft import LoRA, PrefixTuning, disabled, inject, merge
-from lightning_peft.components.gate import Gate, GatedInput
-from lightning_peft.components.taps import Tap
+from lightning_peft.components.gate import Gate, InputGate
 from lightning_peft.errors import ConfigError, NotApplicableError, NotMergeableError
 
 
@@ -66,16 +65,12 @@ def test_it_follows_the_dtype_of_its_input() -> None:
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_the_gate_of_an_input_lies_in_the_tap_in_the_order_of_the_batch(batch_first: bool) -> None:
-    g, tap, x = gate(), Tap(), torch.randn(3, 5, 4)
+def test_the_gate_of_an_input_is_in_the_order_of_the_batch(batch_first: bool) -> None:
+    g, x = gate(), torch.randn(3, 5, 4)
     rows = x if batch_first else x.transpose(0, 1)
-    adapter = GatedInput(g, tap, int(not batch_first))
-    args, kwargs = adapter((rows, "other"), {"mask": None})
-    assert args[0] is rows
-    assert (args[1], kwargs) == ("other", {"mask": None})
-    torch.testing.assert_close(tap.take().flatten(), torch.stack([by_hand(g, row) for row in x]))
-    adapter((), {"query": rows[:, 0] if batch_first else x[0]})
-    one = tap.take()  # one sequence without a batch
+    adapter = InputGate(g, int(not batch_first))
+    torch.testing.assert_close(adapter(rows).flatten(), torch.stack([by_hand(g, row) for row in x]))
+    one = adapter(rows[:, 0] if batch_first else x[0])  # one sequence without a batch
     assert one.shape == (1, 1)
     torch.testing.assert_close(one[0, 0], by_hand(g, rows[:, 0] if batch_first else x[0]))
 

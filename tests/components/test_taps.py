@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +19,29 @@ from lightning_peft.core.method import Placement, Plan
 def test_a_value_is_taken_once() -> None:
     tap = Tap()
     assert tap.take() is None
-    tap.value = 3
+    tap.put(3)
     assert tap.take() == 3
     assert tap.take() is None
 
 
 def test_copies_and_pickles_are_empty_and_do_not_share() -> None:
     tap = Tap()
-    tap.value = torch.ones(2, requires_grad=True) * 2  # no leaf: it cannot be copied
+    tap.put(torch.ones(2, requires_grad=True) * 2)  # no leaf: it cannot be copied
     duplicates = [copy.deepcopy(tap), copy.copy(tap), pickle.loads(pickle.dumps(tap))]
-    assert [duplicate.value for duplicate in duplicates] == [None] * 3
-    duplicates[0].value = 5
-    assert tap.value is not None
-    assert duplicates[1].value is None
+    assert [duplicate.take() for duplicate in duplicates] == [None] * 3
+    duplicates[0].put(5)
+    assert duplicates[1].take() is None
+    assert tap.take().tolist() == [2, 2]
+
+
+def test_each_thread_has_a_value_of_its_own() -> None:
+    tap = Tap()
+    tap.put("here")
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(tap.take).result() is None
+        pool.submit(tap.put, "there").result()
+        assert tap.take() == "here"
+        assert pool.submit(tap.take).result() == "there"
 
 
 def test_a_capture_takes_the_first_input_and_changes_nothing() -> None:

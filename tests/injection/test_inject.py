@@ -83,7 +83,7 @@ def test_a_method_that_fails_while_it_plans_leaves_the_model_as_it_was(net: nn.M
     "name",
     [
         *("", "a.b", "a:b", "a b", "-a", "a\n", "ä.", "forward", "training", "add", "activate", "_modules"),
-        *("_before", "_handles", "dump_patches", "T_destination"),
+        *("_default", "_handles", "dump_patches", "T_destination"),
         *(None, 3, ("a",)),
     ],
 )

@@ -128,7 +128,7 @@ def test_an_mlp_makes_the_same_prefix_as_the_one_it_computes(build: Build) -> No
     flat = _prefixed(build, base=base)
     with torch.no_grad():
         for mine, made in zip(_prefixes(flat).values(), _prefixes(model).values(), strict=True):
-            for parameter, value in zip((mine.keys, mine.values), made(), strict=True):
+            for parameter, value in zip((mine.keys, mine.values), made.flat(), strict=True):
                 parameter.copy_(value)
     call = {"input_ids": IDS, "attention_mask": MASK}
     if base.config.is_encoder_decoder:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import PrefixTuning, active, inject
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.prompting.attention import CacheLength, PrefixedAttention, routes_attention
+from lightning_peft.prompting.attention import PrefixedAttention, routes_attention
 
 PREFIX, LENGTH = 3, 5
 MASK = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]]).bool()[:, None, None, :]
@@ -50,7 +50,7 @@ def test_bert(implementation: str, mask: Tensor | None) -> None:
     given = mask if mask is None or implementation == "sdpa" else torch.zeros(mask.shape).masked_fill(~mask, -1e30)
     output, weights = host(x, attention_mask=given)
     q, k, v = host.query(x) / (tiny_models.WIDTH / 2) ** 0.5, host.key(x), host.value(x)
-    expected, probabilities = _written_out(q, k, v, host.peft.default.prefix(), MASK | (mask is None), 0)
+    expected, probabilities = _written_out(q, k, v, host.peft.default.prefix.flat(), MASK | (mask is None), 0)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     if implementation == "eager":  # the caller gets the weights of the text alone
         torch.testing.assert_close(weights, probabilities[..., PREFIX:], rtol=1e-5, atol=1e-5)
@@ -74,7 +74,7 @@ def test_t5s_relative_positions_go_on_into_the_prefix(layer: int, stack: str, im
     text = None if layer == 0 else bias[None, ..., PREFIX:]
     output = attention(x, mask=given, position_bias=text)[0]
     q, k, v = (getattr(attention, name)(x) for name in "qkv")
-    expected, _ = _written_out(q, k, v, attention.peft.default.prefix(), mask, bias)
+    expected, _ = _written_out(q, k, v, attention.peft.default.prefix.flat(), mask, bias)
     torch.testing.assert_close(output, attention.o(expected), rtol=1e-5, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_grouped_queries_share_the_keys_of_the_prefix() -> None:
     x, positions = torch.randn(2, LENGTH, tiny_models.WIDTH), torch.arange(LENGTH)[None]
     no_turn = (torch.ones(1, LENGTH, 8), torch.zeros(1, LENGTH, 8))
     output, _ = host(x, position_embeddings=no_turn, attention_mask=CAUSAL, position_ids=positions)
-    keys, values = (x.repeat(1, 2) for x in host.peft.default.prefix())  # one head of keys for two of queries
+    keys, values = (x.repeat(1, 2) for x in host.peft.default.prefix.flat())  # one head of keys for two of queries
     assert keys.shape == (PREFIX, 16)
     q, k, v = host.q_proj(x) / 8**0.5, host.k_proj(x).repeat(1, 1, 2), host.v_proj(x).repeat(1, 1, 2)
     expected, _ = _written_out(q, k, v, (keys, values), CAUSAL, 0)
@@ -177,7 +177,10 @@ def test_which_attentions_look_up_their_function() -> None:
 
 def test_only_relative_positions_need_the_length_of_the_cache() -> None:
     counts = {
-        build.__name__: sum(isinstance(module, CacheLength) for module in _prefixed(build).modules())
+        build.__name__: sum(
+            isinstance(module, PrefixedAttention) and module.relative.module is not None
+            for module in _prefixed(build).modules()
+        )
         for build in (tiny_models.t5, tiny_models.bart, tiny_models.gpt2)
     }
     assert counts == {"t5": 4, "bart": 0, "gpt2": 0}  # T5: the attentions to itself of two and two layers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, PromptTuning, PTuning, active, disabled, inject, remove
 from lightning_peft.errors import ConfigError, NotApplicableError
-from lightning_peft.prompting.prompts import PromptEmbedding, PromptInput
+from lightning_peft.prompting.prompts import PromptedCall, PromptEmbedding
 
 IDS, MASK = text(hf.BertModel).values()
 
@@ -242,9 +242,9 @@ def test_in_a_network_around_it() -> None:
     kinds = {
         path: type(module)
         for path, module in model.named_modules()
-        if isinstance(module, PromptInput | PromptEmbedding)
+        if isinstance(module, PromptedCall | PromptEmbedding)
     }
     assert kinds == {
-        "encoder.peft.default": PromptInput,
+        "encoder.peft.default": PromptedCall,
         "encoder.embeddings.word_embeddings.peft.default:embedding": PromptEmbedding,
     }

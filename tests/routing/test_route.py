@@ -158,10 +158,10 @@ def test_dropout_that_is_the_same_everywhere_drops_anew_and_scales() -> None:
 def test_the_host_runs_once_for_adapters_of_its_output_and_once_each_for_the_others(x: Tensor) -> None:
     net, calls = nn.Sequential(nn.Linear(4, 4)), []
     adapters = {"scale": Scale, "shift": Shift, "input": ScaleInput, "weight": partial(ScaleWeight, "weight")}
+    run = nn.Linear.forward
+    net[0].forward = MethodType(lambda self, x: calls.append(len(x)) or run(self, x), net[0])
     for name, adapter in adapters.items():
         inject(net, Place(adapters={"0": adapter}), name)
-    run = nn.Linear.forward
-    net[0].forward = lambda x: calls.append(len(x)) or run(net[0], x)
     with route(net, ["scale", "shift", None, "scale", "shift"]):
         net(x)
     assert calls == [5]
@@ -264,7 +264,10 @@ def _routed(net: nn.Module, x: Tensor) -> AbstractContextManager[None]:
 @pytest.mark.parametrize("fails", [False, True])
 def test_afterwards_everything_is_as_it_was(x: Tensor, fails: bool) -> None:
     net = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    block, before, expected = _routed(net, x), Snapshot(net), net(x)
+    untouched, block = Snapshot(net), _routed(net, x)
+    with route(net, ["scale"] * 5):  # its hooks stay: another thread may be in a forward
+        net(x)
+    before, expected = Snapshot(net), net(x)
     if fails:
         net[1].forward = lambda x: 1 / 0
         with pytest.raises(ZeroDivisionError), block:
@@ -276,6 +279,9 @@ def test_afterwards_everything_is_as_it_was(x: Tensor, fails: bool) -> None:
     before.assert_same(net)
     assert active_adapters(net) == ("scale",)
     assert torch.equal(net(x), expected)
+    remove(net, "scale")
+    remove(net, "weight")
+    untouched.assert_same(net)
 
 
 @pytest.mark.parametrize(

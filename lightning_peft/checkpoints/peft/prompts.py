@@ -11,7 +11,7 @@ from lightning_peft.checkpoints.tensors import TensorView
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.methods.p_tuning import EncodedPrompt, PTuning
 from lightning_peft.methods.prompt_tuning import Prompt, PromptTuning
-from lightning_peft.prompting.prompts import PromptInput
+from lightning_peft.prompting.prompts import PromptedCall
 
 # What is read, and what only says where the prompt came from.
 _READ = (
@@ -30,7 +30,7 @@ class PromptFormat(PeftFormat):
         self.types = ("PROMPT_TUNING", "P_TUNING")
 
     def to_peft(self, method: Any, placements: Sequence[Placement], model: Any) -> PeftState | None:
-        prompts = [p.adapter.prompt for p in placements if isinstance(p.adapter, PromptInput)]
+        prompts = [p.adapter.prompt for p in placements if isinstance(p.adapter, PromptedCall)]
         if len(prompts) != 1 or not isinstance(prompts[0], Prompt | EncodedPrompt):
             return None
         vectors = prompts[0].vectors()
@@ -61,7 +61,7 @@ class EncodedPromptFormat(PromptFormat):
         self.types = ()
 
     def config(self, method: Any, placements: Sequence[Placement]) -> dict[str, Any]:
-        prompt: Any = next(p.adapter.prompt for p in placements if isinstance(p.adapter, PromptInput))
+        prompt: Any = next(p.adapter.prompt for p in placements if isinstance(p.adapter, PromptedCall))
         return {
             "encoder_reparameterization_type": method.encoder.upper(),
             "encoder_hidden_size": method.encoder_hidden_size or prompt.embedding.shape[1],

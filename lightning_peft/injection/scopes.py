@@ -1,0 +1,169 @@
+"""Which adapters act for the code that is running: in this thread, and in this asyncio task.
+
+A scope is entered by ``with active(...)`` and the like; a thread or task that has entered none sees what ``activate``
+has set. A backward pass may compute a forward again (gradient checkpointing), often outside of the block and on one of
+autograd's own threads. It sees what the forward saw, found by the number that autograd gives each node of the graph.
+"""
+
+import threading
+from bisect import bisect_right
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_peft.errors import AdapterNameError
+
+_entered: ContextVar[Mapping["Scopes", tuple["Scope", ...]] | None] = ContextVar("lightning_peft_scopes", default=None)
+_KEPT = 4096  # changes that the history of one thread keeps
+
+
+@dataclass(eq=False)
+class Scope:
+    """One ``with`` block: the adapters that act in it, or, with a route, one of them on each row."""
+
+    names: tuple[str, ...]
+    route: Any = None
+    rows: Any = None
+    """With a route: the assignment of the rows that are being computed."""
+    at: tuple[Any, str | None] | None = None
+    """Where one host runs for the rows of one adapter: its slots, and the adapter's name."""
+    task: int = -1
+    """The backward pass in which it was entered; -1 outside of any."""
+
+
+class _Mirror(threading.local):
+    """What :data:`_entered` says, for compiled code, which cannot read a context variable but guards on this.
+
+    A dictionary: compiled code silently loses what hooks assign to attributes of a ``threading.local``.
+    """
+
+    def __init__(self) -> None:  # in each thread that comes
+        self.now: dict[str, Any] = {}
+
+
+class Scopes:
+    """The scopes of one model. A copy of the model has its own."""
+
+    def __init__(self) -> None:
+        self._mirror = _Mirror()
+        self._history: dict[int, list[tuple[int, Scope | None]]] = {}
+        self._version = 0  # how often what acts by default has changed
+        self._seen: dict[int, tuple[int, int, bool]] = {}  # by thread: the version, since which node, and if exactly
+
+    def __reduce__(self) -> Any:
+        return Scopes, ()
+
+    def current(self) -> Scope | None:
+        """The scope of the code that is running; None where those adapters act that ``activate`` has set.
+
+        Raises:
+            AdapterNameError: a backward pass computes a forward again, and what acted in that cannot be told.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            if self._mirror.now.get("shared"):
+                raise AdapterNameError("Compiled code cannot tell the scopes of tasks apart: await nothing in a scope.")
+            found: Scope | None = self._mirror.now.get("scope")
+            return found
+        scopes = _entered.get()
+        entered = scopes.get(self) if scopes else None
+        scope = entered[-1] if entered else None
+        if (task := torch._C._current_graph_task_id()) == -1:
+            if self._mirror.now.get("version") != self._version:
+                self._see_version(exactly=False)
+            return scope
+        entered_in_it = scope is not None and scope.task == task
+        return scope if entered_in_it else self._of_forward()
+
+    def enter(self, scope: Scope) -> None:
+        """Let ``scope`` decide from now on, in this thread and task."""
+        if torch.compiler.is_dynamo_compiling():
+            self._mirror.now["scope"] = scope
+            return
+        scope.task = torch._C._current_graph_task_id()
+        self._change((*self._blocks(), scope), noted=scope.at is None, added=[scope])
+
+    def leave(self, scope: Scope, outer: Scope | None = None) -> None:
+        """Let ``scope`` decide no longer, whichever were entered after it; compiled code is told the ``outer`` one."""
+        if torch.compiler.is_dynamo_compiling():
+            self._mirror.now["scope"] = outer
+            return
+        entered = tuple(other for other in self._blocks() if other is not scope)
+        self._change(entered, noted=scope.at is None, left=[scope])
+
+    def default_changes(self) -> None:
+        """Note that other adapters act by default from now on: earlier forwards cannot be computed again."""
+        self._version += 1
+        self._see_version(exactly=True)
+
+    def _see_version(self, exactly: bool) -> None:
+        self._mirror.now["version"] = self._version
+        self._seen[threading.get_ident()] = self._version, torch._C._autograd._get_sequence_nr(), exactly
+
+    def _is_of_version(self, number: int) -> bool:
+        """True unless the node ``number``, whichever thread has made it, is older than what acts by default now."""
+        return not self._seen or any(
+            version == self._version and (number >= first or not exactly)
+            for version, first, exactly in list(self._seen.values())
+        )
+
+    def _blocks(self) -> tuple[Scope, ...]:
+        return (_entered.get() or {}).get(self, ())
+
+    def _change(
+        self, entered: tuple[Scope, ...], noted: bool, added: tuple[Scope, ...] | list[Scope] = (), left: Any = ()
+    ) -> None:
+        scopes = {**(_entered.get() or {}), self: entered}
+        if not entered:
+            del scopes[self]
+        _entered.set(scopes)
+        now, scope = self._mirror.now, entered[-1] if entered else None
+        open_here = [*(other for other in now.get("open", ()) if other not in left), *added]
+        if noted:
+            _note(self._history, scope, now.get("scope"))
+        # Blocks of other tasks are open on this thread: which of them is running, compiled code cannot ask.
+        now.update(scope=scope, open=open_here, shared=any(other not in entered for other in open_here))
+
+    def _of_forward(self) -> Scope | None:
+        """The scope of the forward that a backward pass computes again now."""
+        node: Any = torch._C._current_autograd_node()
+        if not self._is_of_version(number := node._sequence_nr()):
+            raise AdapterNameError(
+                "A backward pass computes a forward again (gradient checkpointing), and other adapters were activated "
+                "since. Call backward before activate, or use the block: with active(model, name)."
+            )
+        # Numbers count per thread. A backward on the CPU runs on the thread of its forward; elsewhere it can be any.
+        own = self._history.get(threading.get_ident())
+        among = [own] if own is not None else list(self._history.values())
+        found = {history[max(0, bisect_right(history, number, key=_first) - 1)][1] for history in among}
+        if len(found) > 1:
+            raise AdapterNameError(
+                "A backward pass computes a forward again, and several threads had made different adapters act. Call "
+                "backward on the thread of the forward."
+            )
+        return found.pop() if found else None
+
+
+def _note(histories: dict[int, list[tuple[int, Scope | None]]], now: Scope | None, before: Scope | None) -> None:
+    """Note that nodes of the graph that are made from now on, on this thread, belong to forwards in ``now``."""
+    number, thread = torch._C._autograd._get_sequence_nr(), threading.get_ident()
+    history = histories.get(thread, [(-1, before)])
+    if history[-1][0] > number:  # of a thread that has ended, whose identity this one has got
+        history = [(-1, before)]
+    if history[-1][0] == number:  # no node since the last change, as always where nothing trains
+        history[-1] = number, now
+    else:
+        history.append((number, now))
+    if len(history) > 1 and history[-1][1] is history[-2][1]:
+        history.pop()
+    del history[:-_KEPT]
+    if len(history) == 1 and history[0][1] is None:
+        histories.pop(thread, None)
+    else:
+        histories[thread] = history
+
+
+def _first(entry: tuple[int, Any]) -> int:
+    return entry[0]
