@@ -77,7 +77,7 @@ def fingerprint(model: nn.Module, part: str = "", fully_trained: Sequence[str] |
     }
 
 
-def check_base(model: nn.Module, recorded: Any, fully_trained: tuple[str, ...] = ()) -> None:
+def check_base(model: nn.Module, recorded: Any, fully_trained: Sequence[str] = ()) -> None:
     """Compare the base of ``model`` with a recorded fingerprint.
 
     Another dtype or a quantized copy of the same weights passes.
@@ -92,9 +92,8 @@ def check_base(model: nn.Module, recorded: Any, fully_trained: tuple[str, ...] =
         CheckpointError: ``recorded`` is not a fingerprint.
     """
     tops = [plain_name(path) for path in fully_trained]
-    compare(
-        {key: tensor for key, tensor in fingerprint_tensors(model).items() if not within(key, tops)}, recorded, model
-    )
+    here = {key: tensor for key, tensor in fingerprint_tensors(model).items() if not within(key, tops)}
+    compare(here, recorded, model)
 
 
 def compare(here: Mapping[str, Tensor | Quantized], recorded: Any, model: nn.Module) -> None:

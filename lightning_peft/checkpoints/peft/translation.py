@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.checkpoints.loading import without_fully_trained
 from lightning_peft.checkpoints.peft.formats import PeftFormat, format_of
 from lightning_peft.checkpoints.peft.state import CONFIG, PEFT_VERSION, PROMPT, PeftFile, PeftState, listed
 from lightning_peft.checkpoints.tensors import check_tensors, view_of
@@ -42,7 +43,7 @@ def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -
         placements: all of its adapters, at their places in ``model``.
         model: the network that peft would wrap.
     """
-    own = [placement for placement in placements if not isinstance(placement.adapter, FullyTrainedParameters)]
+    own = without_fully_trained(placements)
     written = format_of(type(method))
     form = written.to_peft(method, own, model) if written and own else None
     if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
