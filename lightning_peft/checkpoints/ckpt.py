@@ -17,7 +17,7 @@ from lightning_peft.injection.inject import Injection, attach
 from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 from lightning_peft.injection.registry import registries
 from lightning_peft.injection.slots import owner_of
-from lightning_peft.network.walk import join, plain_name, within
+from lightning_peft.network.walk import join, outermost, plain_name
 
 METADATA_KEY = "lightning_peft"
 """The key of a ``.ckpt`` under which the record lies."""
@@ -64,7 +64,7 @@ def attach_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -
 
 @as_checkpoint_error()
 def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tuple[nn.Module, Injection]]:
-    """What is to be attached, and where; all of it checked. The model is only read."""
+    """The adapters to attach, checked, each with the module that it is injected on. The model is only read."""
     entries = methods_in(metadata)
     modules = {plain_name(path): module for path, module in model.named_modules()}
     attached = {
@@ -104,7 +104,7 @@ def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tup
 def _check_entries(
     model: nn.Module, entries: Entries, attached: Mapping[tuple[str, str], Method], modules: Set[str]
 ) -> None:
-    """Raise unless the adapters of a file are those ``attached`` and others for which ``model`` has the modules."""
+    """Raise unless ``entries`` are the ``attached`` adapters, and others that belong on modules of ``model``."""
     if missing := [name for path, name in attached if (path, name) not in entries]:
         raise CheckpointError(
             f"The file holds no adapter {missing[0]!r}; it holds {', '.join(repr(name) for _, name in entries)}. "
@@ -120,7 +120,7 @@ def _check_entries(
             )
     # Planning would not notice: it asks for what is attached already, and none of these need be.
     owners = {path for path, _ in entries}
-    if nested := sorted(path for path in owners if within(path, owners - {path})):
+    if nested := sorted(owners.difference(outermost(owners))):
         raise _damaged(
             f"'{nested[0]}' is inside of another module with adapters of its own. All adapters of a network are "
             "injected on the same module."
@@ -128,7 +128,7 @@ def _check_entries(
 
 
 def _views(model: nn.Module, full: bool) -> dict[str, TensorView]:
-    """The tensors that adapters of ``model`` have by their names in files; those of the base too if ``full``."""
+    """The tensors of the adapters of ``model`` by their names in files; the base's own too if ``full``."""
     own = adapter_keys(model)
     copied = {id(b) for m in model.modules() if isinstance(m, TunedParameters) for b in m.buffers()}
     return {

@@ -12,17 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.checkpoints import loading
 from lightning_peft.checkpoints.directory import MANIFEST, Directory, read_directory, write_directory
 from lightning_peft.checkpoints.fingerprint import SAMPLES, compare, fingerprint, fingerprint_tensors
 from lightning_peft.checkpoints.guard import as_checkpoint_error
-from lightning_peft.checkpoints.loading import (
-    differing_place,
-    places_of,
-    plan_stored,
-    seen_from,
-    sole_network,
-    without_fully_trained,
-)
 from lightning_peft.checkpoints.peft.translation import fill, form_of, from_files, strip, to_files
 from lightning_peft.checkpoints.tensors import fill_own, own_views
 from lightning_peft.core.method import Method, Placement
@@ -51,10 +44,10 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     attachment = registry.attachments[name]
     placements = [Placement(place, adapter, part) for place, part, adapter in registry.parts(name)]
     whole = [plain_name(place) for place in attachment.fully_trained]
-    found = sole_network(owner)
+    found = loading.sole_network(owner)
     inward = found is not None and all(within(place, [found[0]]) for place in [*(p.path for p in placements), *whole])
     root, network = found if found and inward else ("", owner)
-    placements = seen_from(root, placements)
+    placements = loading.seen_from(root, placements)
     fully_trained = [below(place, root) for place in whole]
     form = form_of(attachment.method, placements, network)
     trained: dict[str, Tensor] | None = None
@@ -65,13 +58,13 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     else:
         config, tensors = to_files(form, fully_trained, network)
         if not form.exact:
-            trained = {key: view.value() for key, view in own_views(without_fully_trained(placements)).items()}
+            trained = {key: view.value() for key, view in own_views(loading.without_fully_trained(placements)).items()}
     base = fingerprint(owner, root, fully_trained)
     manifest = {
         "method": attachment.method.to_config(),
         "in_transformers_model": inward,
         "in_peft_format": form is not None,
-        "places": places_of(placements),
+        "places": loading.places_of(placements),
         "modules_to_save": fully_trained,
         "base": {**base, "samples": _samples(base)},
     }
@@ -118,10 +111,10 @@ def prepare(model: nn.Module, directory: Directory, name: str) -> Injection:
 def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
     if str(directory.config.get("peft_type")).startswith("lightning_peft."):
         raise CheckpointError(f"{directory.path} has no {MANIFEST}, without which this method cannot be read.")
-    root, network = sole_network(model) or ("", model)
+    root, network = loading.sole_network(model) or ("", model)
     method, tensors = from_files(directory.config, directory.tensors, network)
-    injection = plan_stored(model, method, name, directory.tensors.values())
-    form = form_of(method, seen_from(root, injection.placements), network)
+    injection = loading.plan_stored(model, method, name, directory.tensors.values())
+    form = form_of(method, loading.seen_from(root, injection.placements), network)
     if form is None:
         raise CheckpointError(
             f"What peft computes with {directory.path} is not what {type(method).__name__} computes on these layers "
@@ -135,7 +128,7 @@ def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
 def _from_manifest(
     model: nn.Module, directory: Directory, manifest: Mapping[str, Any], method: Method, name: str
 ) -> Injection:
-    found = sole_network(model) if manifest["in_transformers_model"] else ("", model)
+    found = loading.sole_network(model) if manifest["in_transformers_model"] else ("", model)
     if found is None:
         raise CheckpointError(
             f"The adapter in {directory.path} belongs on a transformers model, and {type(model).__name__} does not "
@@ -145,7 +138,7 @@ def _from_manifest(
     compare(fingerprint_tensors(model, root, fully_trained), _fingerprint(directory.path, manifest["base"]), model)
     # The base is right, so a plan that fails now fails for the file's sake.
     injection = _placed_alike(model, found, directory, manifest, method, name)
-    placements = seen_from(root, injection.placements)
+    placements = loading.seen_from(root, injection.placements)
     form = form_of(method, placements, network) if manifest["in_peft_format"] else None
     if (form is not None) != manifest["in_peft_format"]:
         raise CheckpointError(f"{directory.path / MANIFEST} says that peft has this adapter, and it has not.")
@@ -155,7 +148,7 @@ def _from_manifest(
     tensors = strip(directory.tensors)
     if not form.exact:
         # Of the method, peft's file has only what was computed from these: its fully trained modules alone are read.
-        fill_own(without_fully_trained(placements), directory.trained or {})
+        fill_own(loading.without_fully_trained(placements), directory.trained or {})
         computed = {key for key in form.tensors if not within(key, fully_trained)}
         tensors = {key: tensor for key, tensor in tensors.items() if key not in computed}
         form = replace(form, tensors={key: view for key, view in form.tensors.items() if key not in computed})
@@ -179,8 +172,8 @@ def _placed_alike(
     (root, network), refusal = found, ""
     held = [*directory.tensors.values(), *(directory.trained or {}).values()]
     try:
-        injection = plan_stored(model, method, name, held)
-        if not differing_place(manifest["places"], seen_from(root, injection.placements)):
+        injection = loading.plan_stored(model, method, name, held)
+        if not loading.differing_place(manifest["places"], loading.seen_from(root, injection.placements)):
             return injection
     except TargetError as error:  # an expression for whole names, in a model where these begin otherwise
         refusal = f" ({error})"
@@ -194,8 +187,8 @@ def _placed_alike(
         method = method.pointed_at(list(paths))
     if "modules_to_save" in method.field_names():
         method = replace(method, modules_to_save=manifest["modules_to_save"] or None)  # type: ignore[type-var]
-    injection = plan_stored(model, method, name, held)
-    if other := differing_place(manifest["places"], seen_from(root, injection.placements)):
+    injection = loading.plan_stored(model, method, name, held)
+    if other := loading.differing_place(manifest["places"], loading.seen_from(root, injection.placements)):
         raise CheckpointError(
             f"The adapter in {directory.path} has {len(manifest['places'])} places and its method finds "
             f"{len(injection.placements)} in {type(model).__name__}; they differ in '{other}'{refusal}. Load it into a "

@@ -42,7 +42,7 @@ class TensorView:
         return torch.cat([part.detach() for part in self.parts], self.dim).cpu()
 
     def fill(self, value: Tensor) -> None:
-        """Put ``value`` into the parameters."""
+        """Put ``value``, of :attr:`shape`, into the parameters."""
         one = len(self.parts) == 1
         pieces = (value,) if one else value.split([part.shape[self.dim] for part in self.parts], self.dim)
         for part, piece in zip(self.parts, pieces, strict=True):
@@ -56,7 +56,7 @@ OWN_NAME = "default"
 
 
 def view_of(tensor: Tensor, copied: bool) -> TensorView:
-    """A view of one tensor of an adapter; ``copied`` if the adapter has copied its buffers from the base."""
+    """A view of one tensor (any shape) of an adapter; ``copied`` if the adapter copies its buffers from the base."""
     trained = isinstance(tensor, nn.Parameter)
     return TensorView((tensor,), trained=trained, finite=trained or not copied)
 
