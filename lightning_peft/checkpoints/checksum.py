@@ -25,6 +25,7 @@ def _update(digest: Any, value: Any) -> None:
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, Mapping):
         digest.update(f"mapping {len(value)}".encode())
+        # By how keys print: those of different types have no order of their own.
         for key, item in sorted(value.items(), key=lambda pair: repr(pair[0])):
             _update(digest, key)
             _update(digest, item)

@@ -7,20 +7,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_peft.checkpoints.fingerprint import check_base, check_own_base, fingerprint
-from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
+from lightning_peft.checkpoints.guard import as_checkpoint_error
+from lightning_peft.checkpoints.loading import plan_stored, seen_from
 from lightning_peft.checkpoints.tensors import TensorView, check_tensors, fill_own, own_views, view_of
 from lightning_peft.components.tuned import TunedParameters
-from lightning_peft.core.method import Method
+from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, CheckpointError
-from lightning_peft.injection.inject import Injection, attach, plan_injection
+from lightning_peft.injection.inject import Injection, attach
 from lightning_peft.injection.modules_to_save import resolve_modules_to_save
-from lightning_peft.injection.registry import registries, registry_of
+from lightning_peft.injection.registry import registries
 from lightning_peft.injection.slots import owner_of
-from lightning_peft.network.walk import join, plain_name, within
+from lightning_peft.network.walk import join, outermost, plain_name
 
 METADATA_KEY = "lightning_peft"
 """The key of a ``.ckpt`` under which the record lies."""
 METADATA_VERSION = 1
+Entries = dict[tuple[str, str], Method]
+"""The methods of a record's adapters, by path and name."""
 
 
 def adapter_keys(model: nn.Module) -> frozenset[str]:
@@ -61,19 +64,52 @@ def attach_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -
 
 @as_checkpoint_error()
 def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tuple[nn.Module, Injection]]:
-    """What is to be attached, and where; all of it checked. The model is only read."""
+    """The adapters to attach, checked, each with the module that it is injected on. The model is only read."""
     entries = methods_in(metadata)
+    modules = {plain_name(path): module for path, module in model.named_modules()}
     attached = {
         (plain_name(path), name): a.method for path, _, r in registries(model) for name, a in r.attachments.items()
     }
-    modules = {plain_name(path): module for path, module in model.named_modules()}
+    _check_entries(model, entries, attached, modules.keys())
+    _check_mapping(state)
+    full = not base_keys(model).isdisjoint(state)
+    if not full:
+        # Their own values in the base are never read, and differ wherever a head starts at random.
+        fully_trained = [
+            join(path, top)
+            for (path, _), method in entries.items()
+            for top in resolve_modules_to_save(modules[path], method.modules_to_save)
+        ]
+        check_base(model, metadata.get("base"), fully_trained)
+    views = _views(model, full)
+    # Every adapter is planned before one is attached, so that a refusal has nothing to undo.
+    planned: list[tuple[nn.Module, Injection]] = []
+    for (path, name), method in entries.items():
+        if (path, name) in attached:
+            continue
+        try:
+            injection = plan_stored(modules[path], method, name, state.values())
+        except AdapterNameError as error:
+            raise _damaged(error) from error
+        planned.append((modules[path], injection))
+        views |= _planned_views(model, modules[path], injection)
+    # The extra state of a module is whatever it wants.
+    others = {plain_name(k) for k, v in model.state_dict(keep_vars=True).items() if not isinstance(v, Tensor)}
+    check_tensors(views, {k: v for k, v in state.items() if k not in others}, of="" if full else "adapter ")
+    if full and metadata.get("base"):
+        check_own_base(state, metadata["base"])
+    return planned
+
+
+def _check_entries(
+    model: nn.Module, entries: Entries, attached: Mapping[tuple[str, str], Method], modules: Set[str]
+) -> None:
+    """Raise unless ``entries`` are the ``attached`` adapters, and others that belong on modules of ``model``."""
     if missing := [name for path, name in attached if (path, name) not in entries]:
         raise CheckpointError(
             f"The file holds no adapter {missing[0]!r}; it holds {', '.join(repr(name) for _, name in entries)}. "
             "Use the adapter names that the file was written with."
         )
-    # Their own values in the base are never read, and differ wherever a head starts at random.
-    fully_trained: list[str] = []
     for (path, name), method in entries.items():
         if (present := attached.get((path, name))) and present.to_config() != method.to_config():
             raise CheckpointError(f"Adapter {name!r} of the file is another one: {_differences(method, present)}.")
@@ -82,41 +118,17 @@ def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tup
                 f"The file's adapter {name!r} belongs on '{path}', and {type(model).__name__} has no such module. "
                 "Load it into the class it was trained in."
             )
-        fully_trained += [join(path, top) for top in resolve_modules_to_save(modules[path], method.modules_to_save)]
+    # Planning would not notice: it asks for what is attached already, and none of these need be.
     owners = {path for path, _ in entries}
-    if nested := sorted(path for path in owners if within(path, owners - {path})):
-        raise CheckpointError(
-            f"The '{METADATA_KEY}' record of this file is damaged: '{nested[0]}' is inside of another module with "
-            "adapters of its own. All adapters of a network are injected on the same module."
+    if nested := sorted(owners.difference(outermost(owners))):
+        raise _damaged(
+            f"'{nested[0]}' is inside of another module with adapters of its own. All adapters of a network are "
+            "injected on the same module."
         )
-    _check_mapping(state)
-    full = bool(base_keys(model) & state.keys())
-    if not full:
-        check_base(model, metadata.get("base"), tuple(fully_trained))
-    # Every adapter is planned before one is attached, so that a refusal has nothing to undo.
-    planned: list[tuple[nn.Module, Injection]] = []
-    views = _views(model, None if full else adapter_keys(model))
-    for (path, name), method in entries.items():
-        if (path, name) not in attached:
-            owner = modules[path]
-            with limit_allocation(model, state.values()):
-                try:
-                    injection = plan_injection(owner, method, name)
-                except AdapterNameError as error:
-                    raise CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged: {error}") from error
-            planned.append((owner, injection))
-            views |= _planned_views(model, owner, injection)
-    # The extra state of a module is whatever it wants.
-    others = {key for key, value in model.state_dict(keep_vars=True).items() if not isinstance(value, Tensor)}
-    found = {key: value for key, value in state.items() if key not in others}
-    check_tensors(views, found, of="" if full else "adapter ")
-    if full and metadata.get("base"):
-        check_own_base(state, metadata["base"])
-    return planned
 
 
-def _views(model: nn.Module, keys: Set[str] | None) -> dict[str, TensorView]:
-    """The tensors of ``model`` under ``keys`` by their names in files; all of them if None."""
+def _views(model: nn.Module, full: bool) -> dict[str, TensorView]:
+    """The tensors of the adapters of ``model`` by their names in files; the base's own too if ``full``."""
     own = adapter_keys(model)
     copied = {id(b) for m in model.modules() if isinstance(m, TunedParameters) for b in m.buffers()}
     return {
@@ -124,20 +136,18 @@ def _views(model: nn.Module, keys: Set[str] | None) -> dict[str, TensorView]:
         if key in own
         else TensorView((tensor,), trained=False, finite=False)
         for key, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and (keys is None or key in keys)
+        if isinstance(tensor, Tensor) and (full or key in own)
     }
 
 
 def _planned_views(model: nn.Module, owner: nn.Module, injection: Injection) -> dict[str, TensorView]:
     """The tensors that ``injection`` adds, by the names that files have for them."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):  # one that is used twice has two names
-        paths.setdefault(id(module), []).append(plain_name(path))
-    views: dict[str, TensorView] = {}
+    planned: dict[int, list[Placement]] = {}
     for placement in injection.placements:
-        for path in paths[id(owner.get_submodule(placement.path))]:
-            views |= own_views([replace(placement, path=path)], injection.name)
-    return views
+        planned.setdefault(id(owner.get_submodule(placement.path)), []).append(placement)
+    named = model.named_modules(remove_duplicate=False)  # a module that is used twice has two names
+    placements = [replace(p, path=plain_name(path)) for path, module in named for p in planned.get(id(module), ())]
+    return own_views(placements, injection.name)
 
 
 @as_checkpoint_error()
@@ -158,16 +168,16 @@ def prepare_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Tensor
             f"{', '.join(map(repr, entries)) or 'none'}. Give the new one that name."
         )
     _check_mapping(state)
-    with limit_allocation(model, state.values()):
-        injection = plan_injection(model, entries[source], name)
-    check_base(model, metadata.get("base"), injection.fully_trained)
-    placements = [replace(placement, path=plain_name(placement.path)) for placement in injection.placements]
+    method = entries[source]
+    # As everywhere, the base first: a plan that fails now fails for the file's sake.
+    check_base(model, metadata.get("base"), resolve_modules_to_save(model, method.modules_to_save))
+    injection = plan_stored(model, method, name, state.values())
     found = {key: value for key, value in state.items() if (owner := owner_of(key)) and owner[1] == source}
-    fill_own(placements, found, source)
+    fill_own(seen_from("", injection.placements), found, source)
     return injection
 
 
-def methods_in(metadata: Any) -> dict[tuple[str, str], Method]:
+def methods_in(metadata: Any) -> Entries:
     """The methods that a record describes, by the path and the name of their adapters.
 
     Raises:
@@ -175,9 +185,7 @@ def methods_in(metadata: Any) -> dict[tuple[str, str], Method]:
         ConfigError: it names an unknown method, or a field has a value it cannot have.
     """
     if not isinstance(metadata, Mapping) or type(metadata.get("version")) is not int or metadata["version"] < 1:
-        raise CheckpointError(
-            f"The '{METADATA_KEY}' record of this file is damaged: {type(metadata).__name__} without a version."
-        )
+        raise _damaged(f"{type(metadata).__name__} without a version.")
     if metadata["version"] > METADATA_VERSION:
         raise CheckpointError(
             f"The file was written by a newer lightning_peft (record version {metadata['version']}; this one reads up "
@@ -186,21 +194,26 @@ def methods_in(metadata: Any) -> dict[tuple[str, str], Method]:
     try:
         entries = [(entry["path"], entry["name"], entry["method"]) for entry in metadata["adapters"].values()]
     except (AttributeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged ({error!r}).") from error
+        raise _damaged(f"{error!r}.") from error
+    # Told here: a list would fail as a key below, and a number only where paths are joined.
     for path, name, _ in entries:
         if not isinstance(path, str) or not isinstance(name, str):
-            raise CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged: adapter {name!r} on {path!r}.")
+            raise _damaged(f"adapter {name!r} on {path!r}.")
     return {(path, name): Method.from_config(method) for path, name, method in entries}
 
 
 def has_adapters(model: nn.Module) -> bool:
     """True if anything was injected on ``model`` itself or below."""
-    return registry_of(model) is not None or any(True for _ in registries(model))
+    return bool(registries(model))
 
 
 def base_keys(model: nn.Module) -> set[str]:
     """The state-dict keys of ``model`` that belong to no adapter, without what torch.compile puts in."""
     return {plain_name(key) for key in model.state_dict(keep_vars=True).keys() - adapter_keys(model)}
+
+
+def _damaged(what: object) -> CheckpointError:
+    return CheckpointError(f"The '{METADATA_KEY}' record of this file is damaged: {what}")
 
 
 def _check_mapping(state: Any) -> None:

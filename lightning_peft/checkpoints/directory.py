@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_peft.checkpoints import files
 from lightning_peft.checkpoints.guard import as_checkpoint_error
 from lightning_peft.checkpoints.peft.state import CONFIG
+from lightning_peft.core.fields import fits
 from lightning_peft.core.method import Method
 from lightning_peft.errors import CheckpointError
 
@@ -27,6 +28,13 @@ TENSORS = "adapter_model.safetensors"
 MANIFEST = "lightning_peft.json"
 TRAINED = "lightning_peft.safetensors"
 MANIFEST_VERSION = 1
+_FIELDS: dict[str, Any] = {
+    "in_transformers_model": bool,
+    "in_peft_format": bool,
+    "places": list[str],
+    "modules_to_save": list[str],
+    "base": dict,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +66,15 @@ def read_directory(path: str | Path) -> Directory:
     contents = {name: files.read(path / name) for name in (CONFIG, TENSORS, MANIFEST) if (path / name).is_file()}
     if CONFIG not in contents:
         raise CheckpointError(_no_adapter(path))
-    manifest, method, trained = None, None, None
-    size = sum(map(len, contents.values()))
+    manifest, method = None, None
+    record = contents.pop(MANIFEST, None)
     # Checksums first: nothing in a file that was edited is worth an error of its own.
-    if MANIFEST in contents:
-        manifest = files.from_json(contents.pop(MANIFEST), path / MANIFEST)
+    if record is not None:
+        manifest = files.from_json(record, path / MANIFEST)
         _check_version(path, manifest)
         named = files.checksummed_files(manifest, path / MANIFEST)
-        contents |= {name: files.read(path / name) for name in (CONFIG, TENSORS, TRAINED) if name in named}
+        unread = [name for name in (TENSORS, TRAINED) if name in named and name not in contents]
+        contents |= {name: files.read(path / name) for name in unread}
         _check_seals(path, manifest, contents)
         _check_manifest(path, manifest)
         method = Method.from_config(manifest.get("method"))
@@ -78,8 +87,8 @@ def read_directory(path: str | Path) -> Directory:
         )
     config = files.from_json(contents[CONFIG], path / CONFIG)
     tensors = files.from_safetensors(contents[TENSORS], path / TENSORS)
-    if TRAINED in contents:
-        trained, size = files.from_safetensors(contents[TRAINED], path / TRAINED), size + len(contents[TRAINED])
+    trained = files.from_safetensors(contents[TRAINED], path / TRAINED) if TRAINED in contents else None
+    size = sum(map(len, [record or b"", *contents.values()]))
     return Directory(
         path=path, config=config, tensors=tensors, manifest=manifest, method=method, trained=trained, size=size
     )
@@ -117,17 +126,8 @@ def _check_version(path: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
-    kinds: dict[str, type] = {
-        "in_transformers_model": bool,
-        "in_peft_format": bool,
-        "places": list,
-        "modules_to_save": list,
-        "base": dict,
-    }
-    for field, kind in kinds.items():
-        value = manifest.get(field)
-        strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
-        if type(value) is not kind or (kind is list and not strings):
+    for field, kind in _FIELDS.items():
+        if not fits(value := manifest.get(field), kind):
             raise CheckpointError(f"{path / MANIFEST} is damaged: its {field} is {value!r}.")
 
 
@@ -135,12 +135,16 @@ def _check_seals(path: Path, manifest: Mapping[str, Any], contents: Mapping[str,
     broken = files.changed_files(manifest, contents)
     if not broken:
         return
-    peft = manifest.get("in_peft_format") is True and "" not in broken
+    # Without the record, edited files that peft could read are still an adapter.
+    readable = manifest.get("in_peft_format") is True and "" not in broken
     raise CheckpointError(
         f"{path / (broken[0] or MANIFEST)} is not the file that was written with this adapter: it was edited, is "
         "damaged, or its writing was broken off. "
-        + (f"If you mean the edit, delete {MANIFEST}: then this is read as a directory of peft." if peft else "")
-        + ("" if peft else "Take the files from where they came from once more.")
+        + (
+            f"If you mean the edit, delete {MANIFEST}: then this is read as a directory of peft."
+            if readable
+            else "Take the files from where they came from once more."
+        )
     )
 
 

@@ -20,7 +20,7 @@ Base = dict[str, Tensor | Quantized]
 def fingerprint_tensors(model: nn.Module, part: str = "", fully_trained: Sequence[str] | None = None) -> "Base":
     """The base's state by plain names: no adapters, and not the modules whose trained copies travel with an adapter.
 
-    Those (a new task head, say) may be initialised differently each time, and their own values are never read. A
+    Such a module (a new task head, say) may be initialised differently each time, and its own values are never read. A
     quantized weight is one entry, without what its module keeps beside it.
 
     Args:
@@ -59,13 +59,14 @@ def fingerprint_tensors(model: nn.Module, part: str = "", fully_trained: Sequenc
 def fingerprint(model: nn.Module, part: str = "", fully_trained: Sequence[str] | None = None) -> dict[str, Any]:
     """Describe the base of ``model`` by ``names``, ``shapes``, ``dtypes`` and ``samples`` (names, 8), in fp64.
 
-    Of a base with quantized weights also by ``errors``: how far the samples may lie from those of the unquantized base,
+    Of a base with quantized weights also by ``errors``: how far the samples may lie from the unquantized base's own,
     None for weights that are not quantized.
 
     The arguments are those of :func:`fingerprint_tensors`.
     """
     tensors = fingerprint_tensors(model, part, fully_trained)
     samples = [_sample_of(tensor) for tensor in tensors.values()]
+    # No column where nothing is quantized: it would hold a null for every tensor.
     errors = {} if all(s.error is None for s in samples) else {"errors": [s.error for s in samples]}
     values = [s.values for s in samples]
     return {
@@ -77,7 +78,7 @@ def fingerprint(model: nn.Module, part: str = "", fully_trained: Sequence[str] |
     }
 
 
-def check_base(model: nn.Module, recorded: Any, fully_trained: tuple[str, ...] = ()) -> None:
+def check_base(model: nn.Module, recorded: Any, fully_trained: Sequence[str] = ()) -> None:
     """Compare the base of ``model`` with a recorded fingerprint.
 
     Another dtype or a quantized copy of the same weights passes.
@@ -92,9 +93,8 @@ def check_base(model: nn.Module, recorded: Any, fully_trained: tuple[str, ...] =
         CheckpointError: ``recorded`` is not a fingerprint.
     """
     tops = [plain_name(path) for path in fully_trained]
-    compare(
-        {key: tensor for key, tensor in fingerprint_tensors(model).items() if not within(key, tops)}, recorded, model
-    )
+    here = {key: tensor for key, tensor in fingerprint_tensors(model).items() if not within(key, tops)}
+    compare(here, recorded, model)
 
 
 def compare(here: Mapping[str, Tensor | Quantized], recorded: Any, model: nn.Module) -> None:
@@ -146,6 +146,7 @@ def _rows(recorded: Any) -> list[tuple[str, Any, Any, Tensor, float | None]]:
         names, shapes, dtypes = list(recorded["names"]), list(recorded["shapes"]), list(recorded["dtypes"])
         errors = list(recorded.get("errors") or [None] * len(names))
         samples: Tensor = recorded["samples"].double()
+        # Compared within the try: damaged values may not even have a length.
         consistent = samples.shape == (len(names), SAMPLES)
         consistent = consistent and len(names) == len(shapes) == len(dtypes) == len(errors)
         consistent = consistent and all(isinstance(name, str) for name in names)

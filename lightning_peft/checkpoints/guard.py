@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from lightning_peft.core.fields import fits
 from lightning_peft.core.starting import for_a_file
 from lightning_peft.errors import CheckpointError, PEFTError
 
@@ -32,7 +33,7 @@ def check_bounds(value: dict[Any, Any]) -> None:
     Raises:
         CheckpointError: says which.
     """
-    # A list of what is left in place of recursion, which a deep file would exhaust.
+    # A list of pending containers in place of recursion, which a deep file would exhaust.
     waiting: list[tuple[Any, int, object]] = [(value, 0, "")]
     for _ in range(_CONTAINERS):
         if not waiting:
@@ -43,6 +44,7 @@ def check_bounds(value: dict[Any, Any]) -> None:
         mapping = isinstance(found, dict)
         for key, item in found.items() if mapping else enumerate(found):
             part = top or key
+            # A key may be as large as a value.
             for one in (key, item) if mapping else (item,):
                 if type(one) is int:
                     if one.bit_length() > _BITS:
@@ -69,8 +71,8 @@ def limit_allocation(model: nn.Module, tensors: Iterable[Any]) -> Iterator[None]
         CheckpointError: a tensor, or all together, would be larger than ``tensors``.
     """
     held = sum(max(tensor.numel(), _LEAST) for tensor in tensors if isinstance(tensor, Tensor))
-    base = [tensor.numel() for tensor in model.state_dict(keep_vars=True).values() if _counted(tensor)]
-    largest = max(base, default=0)
+    own = [value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)]
+    largest = max((tensor.numel() for tensor in own if not nn.parameter.is_lazy(tensor)), default=0)
     # A file may hold a seed alone, from which two tensors as large as layers are drawn.
     with for_a_file(), _Allowance(one=max(held, largest) + _SPARE, together=4 * held + 2 * largest + _SPARE):
         yield
@@ -110,7 +112,7 @@ class _Allowance(TorchDispatchMode):
         sized = fresh or func.overloadpacket.__name__ in _SIZED
         if torch.device((kwargs or {}).get("device") or "cpu").type == "meta":
             sized = fresh = False  # no memory at all
-        sizes = [math.prod(arg) for arg in args if sized and isinstance(arg, (list, tuple)) and _whole(arg)]
+        sizes = [math.prod(arg) for arg in args if sized and fits(arg, list[int])]
         if max(sizes, default=0) > self.one or (fresh and sizes and max(sum(sizes), _LEAST) > self.left):
             raise CheckpointError(
                 f"The adapters that the file describes need a tensor of {max(sizes)} elements, more than the file "
@@ -130,11 +132,3 @@ def _check_tensor(tensor: Tensor, top: object) -> None:
             f"a tensor under {top!r} of shape {list(tensor.shape)} repeats the few elements that are in the file, so "
             "it is damaged. Save such a tensor with .contiguous()."
         )
-
-
-def _counted(value: Any) -> bool:
-    return isinstance(value, Tensor) and not nn.parameter.is_lazy(value)
-
-
-def _whole(sizes: Any) -> bool:
-    return all(type(size) is int for size in sizes)

@@ -62,6 +62,7 @@ class AdapterSummary:
             "Written by": "lightning_peft, checksums hold" if self.written_here else "peft",
             "Base": known,
         }
+        # An empty reason says that it fits; None says that nobody asked.
         if self.misfit is not None:
             rows["Fits the model"] = f"no: {self.misfit}" if self.misfit else "yes"
         for name, value in rows.items():

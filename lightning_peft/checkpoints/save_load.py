@@ -4,7 +4,7 @@ Paths in the files are seen from the transformers model, so that an adapter trai
 the bare model, in peft too, and the other way round.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.checkpoints import loading
 from lightning_peft.checkpoints.directory import MANIFEST, Directory, read_directory, write_directory
 from lightning_peft.checkpoints.fingerprint import SAMPLES, compare, fingerprint, fingerprint_tensors
-from lightning_peft.checkpoints.guard import as_checkpoint_error, limit_allocation
+from lightning_peft.checkpoints.guard import as_checkpoint_error
 from lightning_peft.checkpoints.peft.translation import fill, form_of, from_files, strip, to_files
 from lightning_peft.checkpoints.tensors import fill_own, own_views
-from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import CheckpointError, TargetError
-from lightning_peft.injection.inject import Injection, attach, plan_injection
+from lightning_peft.injection.inject import Injection, attach
 from lightning_peft.injection.registry import find_adapter
 from lightning_peft.injection.report import Report
-from lightning_peft.network.pretrained import pretrained_models
 from lightning_peft.network.walk import below, plain_name, within
 
 _SHORT = ("float32", "bfloat16", "float16")
@@ -45,11 +44,11 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     attachment = registry.attachments[name]
     placements = [Placement(place, adapter, part) for place, part, adapter in registry.parts(name)]
     whole = [plain_name(place) for place in attachment.fully_trained]
-    found = _sole_network(owner)
+    found = loading.sole_network(owner)
     inward = found is not None and all(within(place, [found[0]]) for place in [*(p.path for p in placements), *whole])
     root, network = found if found and inward else ("", owner)
-    placements = _seen_from(root, placements)
-    fully_trained = [_cut(place, root) for place in whole]
+    placements = loading.seen_from(root, placements)
+    fully_trained = [below(place, root) for place in whole]
     form = form_of(attachment.method, placements, network)
     trained: dict[str, Tensor] | None = None
     if form is None:
@@ -59,13 +58,13 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     else:
         config, tensors = to_files(form, fully_trained, network)
         if not form.exact:
-            trained = {key: view.value() for key, view in own_views(_without_saved(placements)).items()}
+            trained = {key: view.value() for key, view in own_views(loading.without_fully_trained(placements)).items()}
     base = fingerprint(owner, root, fully_trained)
     manifest = {
         "method": attachment.method.to_config(),
         "in_transformers_model": inward,
         "in_peft_format": form is not None,
-        "places": _places(placements),
+        "places": loading.places_of(placements),
         "modules_to_save": fully_trained,
         "base": {**base, "samples": _samples(base)},
     }
@@ -96,27 +95,26 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> R
     return attach(model, injection)
 
 
+@as_checkpoint_error()
+@torch.no_grad()
 def prepare(model: nn.Module, directory: Directory, name: str) -> Injection:
     """Everything that loading does but for the change of ``model``: plan, check, and fill the new adapters.
 
     Raises:
         PEFTError: see :func:`load_adapter`.
     """
-    with as_checkpoint_error():
-        if directory.manifest is None:
-            return _from_peft(model, directory, name)
-        return _from_manifest(model, directory, directory.manifest, name)
+    if directory.manifest is None or directory.method is None:
+        return _from_peft(model, directory, name)
+    return _from_manifest(model, directory, directory.manifest, directory.method, name)
 
 
-@torch.no_grad()
 def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
     if str(directory.config.get("peft_type")).startswith("lightning_peft."):
         raise CheckpointError(f"{directory.path} has no {MANIFEST}, without which this method cannot be read.")
-    root, network = _sole_network(model) or ("", model)
+    root, network = loading.sole_network(model) or ("", model)
     method, tensors = from_files(directory.config, directory.tensors, network)
-    with limit_allocation(model, directory.tensors.values()):
-        injection = plan_injection(model, method, name)
-    form = form_of(method, _seen_from(root, injection.placements), network)
+    injection = loading.plan_stored(model, method, name, directory.tensors.values())
+    form = form_of(method, loading.seen_from(root, injection.placements), network)
     if form is None:
         raise CheckpointError(
             f"What peft computes with {directory.path} is not what {type(method).__name__} computes on these layers "
@@ -127,22 +125,20 @@ def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
     return injection
 
 
-@torch.no_grad()
-def _from_manifest(model: nn.Module, directory: Directory, manifest: Mapping[str, Any], name: str) -> Injection:
-    found = _sole_network(model) if manifest["in_transformers_model"] else ("", model)
+def _from_manifest(
+    model: nn.Module, directory: Directory, manifest: Mapping[str, Any], method: Method, name: str
+) -> Injection:
+    found = loading.sole_network(model) if manifest["in_transformers_model"] else ("", model)
     if found is None:
         raise CheckpointError(
             f"The adapter in {directory.path} belongs on a transformers model, and {type(model).__name__} does not "
             "hold exactly one: call this with the part that it is meant for."
         )
-    (root, network), method = found, directory.method
-    assert method is not None
-    fully_trained = manifest["modules_to_save"]
+    (root, network), fully_trained = found, manifest["modules_to_save"]
     compare(fingerprint_tensors(model, root, fully_trained), _fingerprint(directory.path, manifest["base"]), model)
     # The base is right, so a plan that fails now fails for the file's sake.
-    with limit_allocation(model, [*directory.tensors.values(), *(directory.trained or {}).values()]):
-        injection = _placed_alike(model, found, directory, manifest, method, name)
-    placements = _seen_from(root, injection.placements)
+    injection = _placed_alike(model, found, directory, manifest, method, name)
+    placements = loading.seen_from(root, injection.placements)
     form = form_of(method, placements, network) if manifest["in_peft_format"] else None
     if (form is not None) != manifest["in_peft_format"]:
         raise CheckpointError(f"{directory.path / MANIFEST} says that peft has this adapter, and it has not.")
@@ -150,13 +146,13 @@ def _from_manifest(model: nn.Module, directory: Directory, manifest: Mapping[str
         fill_own(placements, directory.tensors)
         return injection
     tensors = strip(directory.tensors)
-    if form.exact:
-        fill(form, tensors, network)
-        return injection
-    fill_own(_without_saved(placements), directory.trained or {})
-    # Of peft's file, what was computed is left.
-    saved_part = replace(form, tensors={k: t for k, t in form.tensors.items() if within(k, fully_trained)})
-    fill(saved_part, {k: t for k, t in tensors.items() if k in saved_part.tensors or k not in form.tensors}, network)
+    if not form.exact:
+        # Of the method, peft's file has only what was computed from these: its fully trained modules alone are read.
+        fill_own(loading.without_fully_trained(placements), directory.trained or {})
+        computed = {key for key in form.tensors if not within(key, fully_trained)}
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in computed}
+        form = replace(form, tensors={key: view for key, view in form.tensors.items() if key not in computed})
+    fill(form, tensors, network)
     return injection
 
 
@@ -174,9 +170,10 @@ def _placed_alike(
         CheckpointError: even so it takes other places than the file says.
     """
     (root, network), refusal = found, ""
+    held = [*directory.tensors.values(), *(directory.trained or {}).values()]
     try:
-        injection = plan_injection(model, method, name)
-        if not _unlike(manifest["places"], _seen_from(root, injection.placements)):
+        injection = loading.plan_stored(model, method, name, held)
+        if not loading.differing_place(manifest["places"], loading.seen_from(root, injection.placements)):
             return injection
     except TargetError as error:  # an expression for whole names, in a model where these begin otherwise
         refusal = f" ({error})"
@@ -190,8 +187,8 @@ def _placed_alike(
         method = method.pointed_at(list(paths))
     if "modules_to_save" in method.field_names():
         method = replace(method, modules_to_save=manifest["modules_to_save"] or None)  # type: ignore[type-var]
-    injection = plan_injection(model, method, name)
-    if other := _unlike(manifest["places"], _seen_from(root, injection.placements)):
+    injection = loading.plan_stored(model, method, name, held)
+    if other := loading.differing_place(manifest["places"], loading.seen_from(root, injection.placements)):
         raise CheckpointError(
             f"The adapter in {directory.path} has {len(manifest['places'])} places and its method finds "
             f"{len(injection.placements)} in {type(model).__name__}; they differ in '{other}'{refusal}. Load it into a "
@@ -213,39 +210,3 @@ def _fingerprint(path: Path, base: Mapping[str, Any]) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is damaged: its record of the base holds no numbers.") from error
     return {**base, "samples": samples}
-
-
-# Places, as seen from the network that peft would wrap ---------------------------------------------------------------
-
-
-def _sole_network(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The one transformers model at or below ``model``, with its path; None if there is none, or several."""
-    found = [(plain_name(path), network) for path, network in pretrained_models(model)]
-    return found[0] if len(found) == 1 else None
-
-
-def _cut(path: str, root: str) -> str:
-    return below(plain_name(path), root)
-
-
-def _seen_from(root: str, placements: Sequence[Placement]) -> list[Placement]:
-    return [replace(placement, path=_cut(placement.path, root)) for placement in placements]
-
-
-def _places(placements: Sequence[Placement]) -> list[str]:
-    return [f"{placement.path}:{placement.part}" if placement.part else placement.path for placement in placements]
-
-
-def _unlike(recorded: Sequence[str], placements: Sequence[Placement]) -> str:
-    """A place that is not in both; empty if there is none. Those of parts without tensors are not compared.
-
-    Where such a part acts (what moves positions, what cuts an output) may change from one release to the next.
-    """
-    empty = {placement.part for placement in placements if not placement.adapter.state_dict()} - {""}
-    places = ({*recorded}, {*_places(placements)})
-    kept = [{place for place in some if place.partition(":")[2] not in empty} for some in places]
-    return next(iter(sorted(kept[0] ^ kept[1])), "")
-
-
-def _without_saved(placements: Sequence[Placement]) -> list[Placement]:
-    return [placement for placement in placements if not isinstance(placement.adapter, FullyTrainedParameters)]

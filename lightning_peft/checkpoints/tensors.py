@@ -42,7 +42,7 @@ class TensorView:
         return torch.cat([part.detach() for part in self.parts], self.dim).cpu()
 
     def fill(self, value: Tensor) -> None:
-        """Put ``value`` into the parameters."""
+        """Put ``value``, of :attr:`shape`, into the parameters."""
         one = len(self.parts) == 1
         pieces = (value,) if one else value.split([part.shape[self.dim] for part in self.parts], self.dim)
         for part, piece in zip(self.parts, pieces, strict=True):
@@ -56,23 +56,17 @@ OWN_NAME = "default"
 
 
 def view_of(tensor: Tensor, copied: bool) -> TensorView:
-    """A view of one tensor of an adapter; ``copied`` if the adapter has copied its buffers from the base."""
+    """A view of one tensor (any shape) of an adapter; ``copied`` if the adapter copies its buffers from the base."""
     trained = isinstance(tensor, nn.Parameter)
     return TensorView((tensor,), trained=trained, finite=trained or not copied)
 
 
-def own_views(placements: Sequence[Placement], name: str = OWN_NAME, root: str = "") -> dict[str, TensorView]:
-    """The tensors of ``placements`` by our own keys: the keys of a state dict whose adapter is called ``name``.
-
-    Args:
-        placements: the adapters.
-        name: the adapter's.
-        root: the path of the module that the placements' paths are seen from.
-    """
+def own_views(placements: Sequence[Placement], name: str = OWN_NAME) -> dict[str, TensorView]:
+    """The tensors of ``placements`` by our own keys: the keys of a state dict whose adapter is called ``name``."""
     return {
         key: view_of(tensor, copied=isinstance(placement.adapter, TunedParameters))
         for placement in placements
-        for key, tensor in placement.adapter.state_dict(prefix=_prefix(placement, name, root), keep_vars=True).items()
+        for key, tensor in placement.adapter.state_dict(prefix=_prefix(placement, name), keep_vars=True).items()
         if isinstance(tensor, Tensor)
     }
 
@@ -169,5 +163,5 @@ def _equal(own: Tensor, other: Tensor) -> bool:
     return torch.allclose(own.detach().cpu().double(), other.double(), rtol=2 * coarser, atol=1e-12)
 
 
-def _prefix(placement: Placement, name: str, root: str = "") -> str:
-    return join(root, placement.path, CHILD, slot_name(name, placement.part)) + "."
+def _prefix(placement: Placement, name: str) -> str:
+    return join(placement.path, CHILD, slot_name(name, placement.part)) + "."

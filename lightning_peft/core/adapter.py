@@ -63,7 +63,7 @@ class Adapter(nn.Module):
             parameters: the host's own parameters by name, in at least fp32.
 
         Returns:
-            The new values of those parameters that change, in the same shapes.
+            The new values of the parameters that change, in the same shapes.
 
         Raises:
             NotMergeableError: what this adapter computes is not a change of the host's parameters.

@@ -96,6 +96,7 @@ def expected(declared: Any, value: Any = None) -> str:
     if inner and isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             return "a mapping"
+        # One of the two is wrong: the values, unless a key is.
         keyed = all(fits(key, inner[0]) for key in value)
         return expected(inner[1]) if keyed else f"keyed by {expected(inner[0])}s".replace("a ", "")
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}

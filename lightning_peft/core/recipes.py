@@ -5,14 +5,14 @@ recipe          what is made of changes d_1, d_2, ... with weights w_1, w_2, ...
 =============== ===================================================================== ==========================
 linear          the sum of w_i d_i                                                     Ilharco et al., 2212.04089
 magnitude_prune the same of the share "density" of each d_i that is largest            \
-ties            of these, where their signs are that of their sum: the mean of w_i d_i Yadav et al., 2306.01708
+ties            of these, where they have the sign of their sum: the mean of w_i d_i   Yadav et al., 2306.01708
 dare_linear     as linear, of entries kept at random, divided by their share           Yu et al., 2311.03099
 dare_ties       as ties, of these                                                      \
 =============== ===================================================================== ==========================
 
 A low-rank change, s B A, is mixed factor by factor, each with the root of its weight (peft's formulas: cheap, and the
-products of different adapters' factors come along); or as a whole: "cat" puts the factors side by side, and "svd" keeps
-of that sum what is nearest to it among the changes of a given rank.
+products of different adapters' factors come along); or as a whole: "cat" puts the factors side by side, and "svd" takes
+the change of a given rank that is nearest to that sum.
 """
 
 from collections.abc import Sequence

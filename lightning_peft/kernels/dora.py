@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.kernels.low_rank import add_, can_write, draw_seed, gradients, plain_update, redrawn_mask
+from lightning_peft.kernels.low_rank import add_, can_write, draw_seed, gradients, masked, plain_update, redrawn_mask
 from lightning_peft.network.layouts import Layout
 
 
@@ -46,7 +46,14 @@ def plain_rescaled(
 
 
 def rescaled(layout: Layout, z: Tensor, c: Tensor, bias: Tensor | None) -> Tensor:
-    """``c · z + (1 - c) · bias`` in the dtype of ``z``; c is not rounded to it, or small steps of m would be lost."""
+    """``c · z + (1 - c) · bias`` in the dtype of ``z``; c is not rounded to it, or small steps of m would be lost.
+
+    Args:
+        layout: of the host's weight.
+        z: the host's output with the update in it (..., out).
+        c: the factors (out,).
+        bias: the host's (out,), which is not scaled; None if it has none.
+    """
     out = z * layout.channels(c)
     if bias is not None:  # as a sum, which changes nothing where c is one, not as the difference of z and the bias
         out = out + layout.channels((1 - c) * bias)
@@ -98,7 +105,7 @@ class _Rescaled(torch.autograd.Function):
         dropout: float,
         seed: int,
     ) -> Tensor:
-        h = add_(x, y, a, b, scale, dropout, seed)  # see core/fused.py on writing through y
+        h = add_(x, y, a, b, scale, dropout, seed)  # through y, as in lightning_peft.kernels.low_rank
         _, _, needs_a, needs_b, needs_m = ctx.needs_input_grad[:5]
         ctx.save_for_backward(
             x if needs_a else None,
@@ -141,8 +148,7 @@ class _Rescaled(torch.autograd.Function):
 
 def _update(x: Tensor, a: Tensor, b: Tensor, mask: Tensor | None, scale: float, like: Tensor) -> Tensor:
     """The update by itself, (rows, out)."""
-    kept = x.reshape(len(like), -1).to(like.dtype)
-    kept = kept if mask is None else kept * mask
+    kept = masked(x.reshape(len(like), -1).to(like.dtype), mask)
     return (kept @ a.to(like.dtype).T) @ (b.T * scale).to(like.dtype)
 
 

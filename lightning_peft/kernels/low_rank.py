@@ -67,7 +67,7 @@ class _Update(torch.autograd.Function):
         _, _, needs_a, needs_b = ctx.needs_input_grad[:4]
         ctx.save_for_backward(x if needs_a else None, a, b, h if needs_b else None)
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        ctx.scale, ctx.dropout, ctx.seed = scale, dropout, seed
+        ctx.scale, ctx.dropout, ctx.seed = scale / (1 - dropout), dropout, seed
         return y.data
 
     @staticmethod
@@ -75,9 +75,7 @@ class _Update(torch.autograd.Function):
         x, a, b, h = ctx.saved_tensors
         needs_x, needs_y, needs_a, needs_b = ctx.needs_input_grad[:4]
         mask = redrawn_mask(ctx.shape, grad, ctx.dropout, ctx.seed) if needs_x or needs_a else None
-        dx, da, db = gradients(
-            grad, x, a, b, h, mask, _scale(ctx.scale, ctx.dropout), ctx.shape, ctx.dtype, (needs_x, needs_a, needs_b)
-        )
+        dx, da, db = gradients(grad, x, a, b, h, mask, ctx.scale, ctx.shape, ctx.dtype, (needs_x, needs_a, needs_b))
         return dx, grad if needs_y else None, da, db, None, None, None
 
 
@@ -97,7 +95,7 @@ def gradients(
 
     Args:
         grad: the gradient of the output, (..., out).
-        x: what the update was called with, where A needs a gradient.
+        x: the update's input (..., in), where A needs a gradient.
         a: (r, in).
         b: (out, r).
         h: A x of the features that were kept, (rows, r), where B needs a gradient.
@@ -118,7 +116,7 @@ def gradients(
         dx = dx.to(dtype).view(shape)
     if needs[1]:
         assert x is not None
-        kept = _kept(x.reshape(rows, width).to(dy.dtype), mask)
+        kept = masked(x.reshape(rows, width).to(dy.dtype), mask)
         da = (g.T @ kept).to(a.dtype)
         if torch.is_grad_enabled():  # of what was kept, A x alone is no input: a second derivative needs it anew
             h = F.linear(kept, a.to(dy.dtype))
@@ -132,9 +130,9 @@ def add_(x: Tensor, y: Tensor, a: Tensor, b: Tensor, scale: float, dropout: floa
     """Write the update into ``y``; returns A x of the features that are not dropped: (rows, r)."""
     rows = y.numel() // y.shape[-1]
     kept = x.reshape(rows, -1).to(y.dtype)  # as autocast does for the host
-    kept = _kept(kept, redrawn_mask(kept.shape, y, dropout, seed))
+    kept = masked(kept, redrawn_mask(kept.shape, y, dropout, seed))
     h = F.linear(kept, a.to(y.dtype))
-    y.view(rows, -1).addmm_(h, _up(b, _scale(scale, dropout), y.dtype))
+    y.view(rows, -1).addmm_(h, _up(b, scale / (1 - dropout), y.dtype))
     return h
 
 
@@ -172,11 +170,8 @@ def _up(b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return (b.T * scale).to(dtype).contiguous()
 
 
-def _scale(scale: float, dropout: float) -> float:
-    return scale / (1 - dropout)
-
-
-def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The features of ``x`` (rows, in) that ``mask`` of the same shape keeps; all without a mask."""
     return x if mask is None else x * mask
 
 
@@ -191,10 +186,13 @@ def is_recorded() -> bool:
     )
 
 
+def are_plain(*tensors: Tensor) -> bool:
+    """True if all are of torch's own classes: a class of another's may give an operation another meaning."""
+    return all(type(tensor) in (Tensor, Parameter) for tensor in tensors)
+
+
 def _fits(x: Tensor, y: Tensor, a: Tensor, b: Tensor, dropout: float) -> bool:
-    if not all(type(tensor) in (Tensor, Parameter) for tensor in (x, y, a, b)):
-        return False  # a class of its own may give an operation another meaning
-    if y.is_meta or not y.numel() or not y.is_contiguous():
+    if not are_plain(x, y, a, b) or y.is_meta or not y.numel() or not y.is_contiguous():
         return False
     if dropout and y.is_cuda and torch.cuda.is_current_stream_capturing():
         return False  # a replay would drop the same features again

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import Parameter
 
-from lightning_peft.kernels.low_rank import is_recorded
+from lightning_peft.kernels.low_rank import are_plain, is_recorded
 
 _LEAST = {torch.bfloat16: 2.0**-46, torch.float32: 2.0**-46, torch.float64: 2.0**-104}  # fp16 has none so small
 
@@ -21,7 +20,7 @@ def plain_scale(y: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         y: (..., features).
-        scale: (features,), or fewer: those before them stay as they are.
+        scale: (features,), or fewer: the features before them stay as they are.
     """
     scale, start = scale.to(y.dtype), y.shape[-1] - scale.shape[0]
     return y * (F.pad(scale, (start, 0), value=1.0) if start else scale)
@@ -72,6 +71,4 @@ def _end(y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _fits(y: Tensor, scale: Tensor) -> bool:
-    if not all(type(tensor) in (Tensor, Parameter) for tensor in (y, scale)):
-        return False  # a class of its own may give an operation another meaning
-    return y.dtype in _LEAST and not y.is_meta and y.numel() > 0
+    return are_plain(y, scale) and y.dtype in _LEAST and not y.is_meta and y.numel() > 0

@@ -20,7 +20,7 @@ PROJECTIONS = {
     "fused": {"in_proj", "c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv"},
 }
 # Part of an attention, and neither one of the three nor the output: projections of relative positions (DeBERTa with
-# share_att_key=False), and those of tokens that attend to all (Longformer).
+# share_att_key=False), and of tokens that attend to all others (Longformer).
 _FURTHER = {"pos_key_proj", "pos_query_proj", "query_global", "key_global", "value_global"}
 # Names of the output. Elsewhere it is the last layer, and gates or relative positions may come behind one of these.
 _OUTPUTS = {"o", "o_proj", "out_proj", "out_lin", "c_proj", "dense", "proj", "wo", "Wo", "to_out"}
@@ -55,9 +55,8 @@ def find_blocks(hosts: Sequence[Host]) -> list[Block]:
     projections = {name for name in linears if leaf(name) in leaves}
     named = {role: {name for name in linears if leaf(name) in names} for role, names in PROJECTIONS.items()}
     # A feature called "value" alone is no attention: a query beside it, or the three in one, is.
-    anchors = named["fused"] | {
-        q for q in named["query"] if _siblings(q, named["key"]) and _siblings(q, named["value"])
-    }
+    complete = {parent(name) for name in named["key"]} & {parent(name) for name in named["value"]}
+    anchors = named["fused"] | {name for name in named["query"] if parent(name) in complete}
     # An attention ends where its output is found; some have it one module further out.
     scopes = dict.fromkeys(_climb(parent(name), linears, projections) for name in linears if name in anchors)
     inside = {scope: tuple(name for name in linears if within(name, [scope])) for scope in scopes}
@@ -102,10 +101,6 @@ def _climb(start: str, names: list[str], known: set[str]) -> str:
             return start  # the top, or out of the stack of blocks: what lies there belongs to the model
         path = parent(path)
     return path
-
-
-def _siblings(name: str, others: set[str]) -> bool:
-    return any(parent(name) == parent(other) for other in others)
 
 
 def _numbered(path: str) -> bool:

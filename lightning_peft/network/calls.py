@@ -60,7 +60,7 @@ def takes_positions(module: nn.Module) -> bool:
 
 
 def numbers_tokens(module: nn.Module) -> bool:
-    """True for the stack of blocks of a transformers model that counts its tokens on from what is in its cache."""
+    """True if ``module`` is a stack of transformers blocks that numbers its tokens on from what is in its cache."""
     return {"arange", "get_seq_length"} <= set(code_names(module)) and "position_ids" in argument_names(module)
 
 

@@ -161,6 +161,7 @@ def _(module: Any) -> tuple[Weight, ...]:
         tuple(module.dilation),
         module.groups,
         module.padding_mode,
+        # Read and not computed anew: torch knows what padding="same" comes to.
         tuple(module._reversed_padding_repeated_twice),
     )
     return (Weight(layout, bias=_bias(module)),)
@@ -203,7 +204,7 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
         if id(module) in claimed:
             continue
         for weight in weights_of(module):
-            owner = parent(weight.parameter)
-            if owner:
+            # A child whose weight its parent reads never runs, so it is no host of its own.
+            if owner := parent(weight.parameter):
                 claimed.add(id(module.get_submodule(owner)))
             yield Host(**{**vars(weight), "name": join(path, weight.name)}, path=path, module=module)

@@ -45,6 +45,7 @@ def width_of(module: nn.Module) -> Width | None:
     """The width of what ``module`` puts out; None where no layer inside it tells."""
     last: Width | None = None
     for _, inner in base_modules(module):
+        # The last that tells counts: activations and dropout behind it keep its width.
         if weights := weights_of(inner):
             layout = weights[-1].layout
             last = Width(layout.out_features, 1 if isinstance(layout, ConvLayout) else -1)

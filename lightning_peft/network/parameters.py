@@ -14,7 +14,7 @@ from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import base_modules, join, leaf, parent, within
 
 KINDS = ("weight", "bias", "norm", "embedding")
-"""Matrices and kernels, bias vectors (those of norms too), all of a norm, tables. Some parameters are none of these."""
+"""Matrices and kernels, bias vectors (of norms too), all of a norm, tables. Some parameters are none of these."""
 COMPONENTS = ("norm", "embedding")
 """Kinds that target patterns may use as words."""
 _BIAS = re.compile(r"(.*_)?bias(_.*)?")
@@ -39,7 +39,7 @@ class BaseParameter:
     @property
     def full_name(self) -> str:
         """The name under which the model has it."""
-        return f"{self.path}.{self.name}" if self.path else self.name
+        return join(self.path, self.name)
 
 
 def find_parameters(model: nn.Module) -> list[BaseParameter]:
@@ -137,7 +137,7 @@ def count(parameters: Iterable[BaseParameter]) -> int:
 
 
 def outside(parameters: Iterable[BaseParameter], fully_trained: Sequence[str]) -> list[BaseParameter]:
-    """Those of ``parameters`` that are not fully trained with one of the modules ``fully_trained``."""
+    """The ``parameters`` that are not fully trained with one of the modules ``fully_trained``."""
     return [p for p in parameters if not within(p.layer, fully_trained)]
 
 

@@ -1,8 +1,8 @@
 """Patterns of methods' fields and what they mean in a network: names, words, regular expressions, indices of layers.
 
 There is one way to read them, whatever is chosen. A name is a suffix of a path. A word, such as the role "attention" or
-the kind "norm", stands for names. What is neither is a regular expression for whole names. What matches nothing is an
-error that says what could have been meant.
+the kind "norm", stands for names. Anything else is a regular expression for whole names. A pattern that matches nothing
+is an error that says what could have been meant.
 """
 
 import re
@@ -80,14 +80,11 @@ class Vocabulary:
     def _match(self, pattern: str, field: str, excluding: bool = False) -> set[str]:
         if pattern in self.first and self.words.get(pattern):
             return self.words[pattern]
-        named = {name for name in self.names if ends_with(name, pattern) or ends_with(self._alias(name), pattern)}
+        named = {n for n in self.names if ends_with(n, pattern) or ends_with(self.aliases.get(n, n), pattern)}
         inside = {name for name in self.names if f".{pattern}." in f".{name}."} if excluding or self.below else set()
         if named or excluding:  # where names are chosen, a word comes before the middle part of a path
             named |= inside
         return named or self.words.get(pattern) or inside or match_names(pattern, self.names, field)
-
-    def _alias(self, name: str) -> str:
-        return self.aliases.get(name, name)
 
     def _reason(self, pattern: str) -> str:
         if any(ends_with(name, pattern) or (self.below and f".{pattern}." in f".{name}.") for name in self.taken):
@@ -95,6 +92,7 @@ class Vocabulary:
                 "is fully trained already (modules_to_save). Take it out of one of the two; modules_to_save=None fully "
                 "trains nothing."
             )
+        # Names that exist and cannot be chosen come first: they need other remedies than a name that does not exist.
         if pattern in ("query", "key", "value") and self.words.get("fused"):
             return (
                 "is not a layer of its own here: query, key and value share one weight, as in "
@@ -114,7 +112,7 @@ class Vocabulary:
 
 
 def in_layers(layers: Sequence[int], names: Sequence[str]) -> set[str]:
-    """Those of ``names`` that lie in the layers of these indices; negative ones count from each container's end.
+    """The ``names`` that lie in the layers of these indices; negative ones count from each container's end.
 
     Raises:
         TargetError: no numbered container has such a layer.
@@ -151,7 +149,7 @@ def matches_end(pattern: str, name: str) -> bool:
 
 
 def match_names(pattern: str, names: Iterable[str], field: str) -> set[str]:
-    """Those of ``names`` that the regular expression ``pattern`` of a method's ``field`` matches whole.
+    """The ``names`` that the regular expression ``pattern`` of a method's ``field`` matches whole.
 
     Raises:
         TargetError: it is no regular expression.

@@ -50,7 +50,7 @@ def positions_above(model: nn.Module, path: str) -> list[str]:
 
 
 def free_positions(module: nn.Module) -> int | None:
-    """How many positions a table has; None for what is computed."""
+    """How many positions a table has; None if positions are computed."""
     if not isinstance(module, nn.Embedding):
         table = module._buffers.get("embed_positions")  # GPT-J's and CodeGen's sines
         return None if table is None else len(table)
@@ -93,6 +93,6 @@ def _towers(owner: nn.Module) -> list[str]:
 
 
 def beside_towers(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The position modules in ``module`` but for those of its towers, which may be for an image beside its text."""
+    """The position modules in ``module`` outside of its towers, which may be for an image beside its text."""
     towers = _towers(module)
     return [(name, m) for name, m in position_modules(module) if name.partition(".")[0] not in towers]

@@ -40,11 +40,8 @@ def pretrained_models(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The outermost transformers models, known by what every ``PreTrainedModel`` offers; nothing is imported."""
     found: list[str] = []
     for path, module in modules_outside(model):
-        if (
-            not within(path, found)
-            and hasattr(type(module), "base_model_prefix")
-            and hasattr(module, "get_output_embeddings")
-        ):
+        pretrained = hasattr(type(module), "base_model_prefix") and hasattr(module, "get_output_embeddings")
+        if pretrained and not within(path, found):
             found.append(path)
             yield path, module
 
@@ -55,14 +52,8 @@ def _beside_base(path: str, pretrained: Any) -> list[str]:
     if base is pretrained:
         # A few classes hold the parts of their base themselves (T5ForQuestionAnswering): a head has one output a label.
         labels = getattr(pretrained.config, "num_labels", None)
-        return [
-            join(path, name)
-            for name, child in children
-            if isinstance(child, nn.Linear) and child.out_features == labels
-        ]
-    inside_base = {id(parameter) for parameter in base.parameters()}
-    return [
-        join(path, name)
-        for name, child in children
-        if child is not base and any(id(parameter) not in inside_base for parameter in child.parameters())
-    ]
+        heads = [name for name, child in children if isinstance(child, nn.Linear) and child.out_features == labels]
+    else:
+        inside = {id(parameter) for parameter in base.parameters()}
+        heads = [name for name, child in children if any(id(p) not in inside for p in child.parameters())]
+    return [join(path, name) for name in heads]

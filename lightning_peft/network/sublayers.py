@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from lightning_peft.network.walk import below, leaf, parent, within
 
 @dataclass(frozen=True)
 class Sublayer:
-    """One residual sublayer of a block; paths are those of modules, from the model."""
+    """One residual sublayer of a block; paths are module paths, from the model."""
 
     kind: Literal["attention", "cross-attention", "ffn"]
     block: str
@@ -100,7 +101,7 @@ def _by_calls(found: dict[Sublayer, set[str]], norms: Sequence[str], trace: "Blo
     edges = [-1, *(edge for s in order for edge in spans[s]), len(trace.calls)]
     if any(a > b for a, b in pairwise(edges)):
         return []
-    # The norms before, between and behind the sublayers; those inside of one normalise queries and the like.
+    # The norms before, between and behind the sublayers; norms inside of one normalise queries and the like.
     gaps = [[n for n in trace.calls[a + 1 : b] if n in norms] for a, b in zip(edges[::2], edges[1::2], strict=True)]
     # How many norms stand before, between and behind tells the kind of block.
     sizes = [len(gap) for gap in gaps]
@@ -166,12 +167,13 @@ class BlockTrace:
         # Whatever else the block wants, it wants it later; and if not, what it would have done stays unknown.
         with suppress(Exception):
             twin = copy.deepcopy(block, dict(weightless)).eval()
+            # Hooks were copied too, and a user's may keep the tensors that they see.
             for module in twin.modules():
                 module._forward_pre_hooks.clear()
                 module._forward_hooks.clear()
             for name, inner in self.names.items():
-                twin.get_submodule(inner).register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                twin.get_submodule(inner).register_forward_hook(self._leave(name))
+                twin.get_submodule(inner).register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
+                twin.get_submodule(inner).register_forward_hook(partial(self._leave, name))
             weight = next(twin.parameters())
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             stream = torch.empty(1, 2, width, device="meta", dtype=dtype)
@@ -191,20 +193,17 @@ class BlockTrace:
             return False
         return entered.untyped_storage()._cdata == left.untyped_storage()._cdata and now == then
 
-    def _enter(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.calls.append(name)
-            x = first_input(args, kwargs)
-            self._entered[name] = x, getattr(x, "_version", 0)
+    def _enter(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.calls.append(name)
+        self._entered[name] = _versioned(first_input(args, kwargs))
 
-        return hook
+    def _leave(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._left[name] = _versioned(first_output(output))
 
-    def _leave(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            y = first_output(output)
-            self._left[name] = y, getattr(y, "_version", 0)
 
-        return hook
+def _versioned(value: Any) -> tuple[Any, int]:
+    """``value``, and how often it has been written into so far if it is a tensor."""
+    return value, getattr(value, "_version", 0)
 
 
 def _weightless(tensor: Tensor) -> Any:

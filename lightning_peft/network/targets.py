@@ -10,7 +10,7 @@ from lightning_peft.network.hosts import Host, find_hosts
 from lightning_peft.network.parameters import COMPONENTS, BaseParameter, check_trainable, find_parameters, outside
 from lightning_peft.network.patterns import Patterns, Vocabulary, each_pattern, ends_with, in_layers, matches_end
 from lightning_peft.network.pretrained import outside_base, task_heads
-from lightning_peft.network.walk import base_modules, leaf, within
+from lightning_peft.network.walk import base_modules, has_parameters, leaf, outermost, within
 
 ALL_LINEAR = "all-linear"
 
@@ -78,14 +78,11 @@ def select_modules(
         TargetError: one of the patterns or indices matches nothing, or nothing is left.
     """
     hosts = list(find_hosts(model))
-    runs = {path: path for path, module in base_modules(model) if any(True for _ in module.parameters())}
+    runs = {path: path for path, module in base_modules(model) if has_parameters(module)}
     runs.update({host.name: host.path for host in hosts})
-    vocabulary = Vocabulary(
-        runs,
-        find_roles(hosts),
-        kinds={leaf(name): "" for name in runs if name and not leaf(name).isdigit()},
-        noun="module",
-    )
+    # A bare index tells a user nothing, so messages leave it out.
+    kinds = {leaf(name): "" for name in runs if name and not leaf(name).isdigit()}
+    vocabulary = Vocabulary(runs, find_roles(hosts), kinds=kinds, noun="module")
     left = vocabulary.narrow(vocabulary.find(targets), exclude, layers)
     inside = [runs[name] for name in left if not within(runs[name], fully_trained)]
     if not inside:
@@ -105,14 +102,15 @@ def match_modules(model: nn.Module, patterns: Iterable[str], field: str) -> list
     named = [(path, module) for path, module in base_modules(model) if path]
     found: list[str] = []
     for pattern in patterns:
-        paths = [path for path, module in named if ends_with(path, pattern) and any(True for _ in module.parameters())]
+        paths = [path for path, module in named if ends_with(path, pattern) and has_parameters(module)]
         if not paths:
             raise TargetError(
                 f"{field}: no module with parameters is called {pattern!r} in {type(model).__name__}."
                 f"{did_you_mean(pattern, {leaf(path) for path, _ in named})}"
             )
         found += [path for path in paths if path not in found]
-    return [path for path in found if not any(path != other and within(path, [other]) for other in found)]
+    # A module below another one is trained along with it, and must not be trained twice.
+    return outermost(found)
 
 
 def select_parameters(
@@ -137,21 +135,19 @@ def select_parameters(
         exclude: layers to leave out, by the same patterns.
         layers: indices in the outermost numbered container; negative ones count from its end.
         fully_trained: paths of modules that are fully trained; nothing below them is chosen.
-        kinds: which of :data:`~lightning_peft.network.parameters.KINDS`; None for all, those without a kind included.
+        kinds: which of :data:`~lightning_peft.network.parameters.KINDS`; None for all, also without a kind.
         names: suffixes or regular expressions for the ends of the parameters' names; None for all.
 
     Raises:
         NotApplicableError: the model has no parameter of these kinds, or a named layer has none, or one is quantized.
         TargetError: a pattern or an index matches nothing, or nothing is left.
     """
-    every = find_parameters(model)
-    free = outside(every, fully_trained)
-    vocabulary = _layers_of(model, every, free, fully_trained)
+    free, vocabulary = _layers_of(model, fully_trained)
     candidates = [p for p in free if kinds is None or not p.kinds.isdisjoint(kinds)]
     what = "parameter" if kinds is None else " or ".join(sorted(kinds))
     # Told before any pattern is read: no pattern could help.
     if not candidates:
-        elsewhere = any(kinds is None or not p.kinds.isdisjoint(kinds) for p in every)
+        elsewhere = any(kinds is None or not p.kinds.isdisjoint(kinds) for p in find_parameters(model))
         raise NotApplicableError(
             f"{name}: {type(model).__name__} has no {what} to train"
             f"{' but those that modules_to_save trains' if elsewhere else ''}. Choose another method, such as LoRA."
@@ -192,28 +188,26 @@ def readers_of(
     tensor: nn.Parameter, model: nn.Module, exclude: Patterns = None, fully_trained: Sequence[str] = ()
 ) -> list[BaseParameter]:
     """Every module that reads ``tensor`` and is neither fully trained nor excluded."""
-    every = find_parameters(model)
-    free = outside(every, fully_trained)
-    vocabulary = _layers_of(model, every, free, fully_trained)
+    free, vocabulary = _layers_of(model, fully_trained)
     allowed = set(vocabulary.narrow(vocabulary.names, exclude))
     return [p for p in free if p.tensor is tensor and p.layer in allowed]
 
 
-def _layers_of(
-    model: nn.Module, every: Sequence[BaseParameter], free: Sequence[BaseParameter], fully_trained: Sequence[str]
-) -> Vocabulary:
-    """The layers that have parameters, by the words that patterns may use."""
+def _layers_of(model: nn.Module, fully_trained: Sequence[str]) -> tuple[list[BaseParameter], Vocabulary]:
+    """The parameters that are not fully trained, and their layers by the words that patterns may use."""
+    every = find_parameters(model)
+    free = outside(every, fully_trained)
     names = dict.fromkeys(p.layer for p in free)
     words = find_roles([host for host in find_hosts(model) if not within(host.name, fully_trained)])
     words |= {kind: {p.layer for p in free if kind in p.kinds} for kind in COMPONENTS}
     taken = [p.layer for p in every if p.layer not in names]
-    return Vocabulary(names, words, first=COMPONENTS, taken=taken, noun="layer with parameters", below=True)
+    return free, Vocabulary(names, words, first=COMPONENTS, taken=taken, noun="layer with parameters", below=True)
 
 
 def _called(
     candidates: Sequence[BaseParameter], free: Sequence[BaseParameter], patterns: Sequence[str] | None
 ) -> Sequence[BaseParameter]:
-    """Those whose name ends in one of ``patterns``, each of which must match something."""
+    """The candidates whose name ends in one of ``patterns``, each of which must match something."""
     if patterns is None:
         return candidates
     for pattern in patterns:

@@ -3,7 +3,7 @@
 A path is what ``named_modules`` gives, and empty for the model itself.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -42,11 +42,8 @@ def modules_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def base_children(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The children of ``module`` that have parameters, by name, without adapters."""
-    return [
-        (name, child)
-        for name, child in module.named_children()
-        if not isinstance(child, Beside) and any(True for _ in child.parameters())
-    ]
+    children = module.named_children()
+    return [(name, child) for name, child in children if not isinstance(child, Beside) and has_parameters(child)]
 
 
 def base_tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -54,6 +51,11 @@ def base_tensors(host: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in base_modules(host):
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             yield join(path, name), tensor
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """True if there is a parameter in ``module`` or below."""
+    return any(True for _ in module.parameters())
 
 
 def is_wrapper(module: nn.Module) -> bool:
@@ -87,6 +89,11 @@ def leaf(path: str) -> str:
 def within(path: str, tops: Iterable[str]) -> bool:
     """True if ``path`` is one of ``tops``, or of something below one."""
     return any(not top or f"{path}.".startswith(f"{top}.") for top in tops)
+
+
+def outermost(paths: Collection[str]) -> list[str]:
+    """The ``paths`` that are not below another one of them."""
+    return [path for path in paths if not any(path != other and within(path, [other]) for other in paths)]
 
 
 def below(path: str, top: str) -> str:

@@ -20,8 +20,11 @@ class PeftFormat:
 
     def __init__(self, method: type[Method], table: PeftTable) -> None:
         self.method, self.table = method, table
-        self.types: tuple[str, ...] = (table.type,)
+
+    @property
+    def types(self) -> tuple[str, ...]:
         """Each ``peft_type`` whose files this method reads."""
+        return (self.table.type,)
 
     def to_peft(self, method: Any, placements: Sequence[Placement], model: Any) -> PeftState | None:
         """Say how peft has an adapter.
@@ -36,26 +39,21 @@ class PeftFormat:
             None where peft could not compute the same.
         """
         tensors: dict[str, TensorView] = {}
-        shared = [placement for placement in placements if placement.part == SHARED]
-        placements = [placement for placement in placements if placement.part != SHARED]
-        for placement in shared:
-            held = placement.adapter.state_dict(keep_vars=True)
-            tensors |= {
-                f":{key}": TensorView((held[own],), trained=False)
-                for own, key in self.table.shared.items()
-                if own in held
-            }
-        for placement in placements:
+        layers = [placement for placement in placements if placement.part != SHARED]
+        for shared in (placement.adapter for placement in placements if placement.part == SHARED):
+            held = shared.state_dict(keep_vars=True)
+            own = {f":{key}": held[name] for name, key in self.table.shared.items() if name in held}
+            tensors |= {key: TensorView((tensor,), trained=False) for key, tensor in own.items()}
+        for placement in layers:
             named = self.tensors_of(placement.adapter)
             if placement.part or not named:  # peft adapts layers whose weight is called "weight", and no others
                 return None
             tensors |= {f"{placement.path}.{key}": view for key, view in named.items()}
-        paths = [placement.path for placement in placements]
         config = {
             "peft_type": self.table.type,
-            **self.config(method, placements),
-            "target_modules": exact_targets(paths, model),
-            **self._orientation(placements),
+            **self.config(method, layers),
+            "target_modules": exact_targets([placement.path for placement in layers], model),
+            **self._orientation(layers),
             **self.table.marks,
         }
         return PeftState(config=config, tensors=tensors)
@@ -106,7 +104,7 @@ _FORMATS: dict[type[Method], type[PeftFormat]] = {}
 
 
 def formats(method: Any) -> Any:
-    """Register a :class:`PeftFormat` for a class of methods and those derived from it."""
+    """Register a :class:`PeftFormat` for a class of methods and its subclasses."""
 
     def register(form: _F) -> _F:
         _FORMATS[method] = form

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.checkpoints.peft.formats import PeftFormat, formats
-from lightning_peft.checkpoints.peft.state import PeftFile, PeftState, exact_names, exact_targets, listed
+from lightning_peft.checkpoints.peft.state import PeftFile, exact_names, listed
 from lightning_peft.checkpoints.tensors import TensorView
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.methods.ia3 import IA3, IA3Input, IA3Output
@@ -19,26 +19,18 @@ from lightning_peft.network.patterns import match_names
 class IA3Format(PeftFormat):
     """Factors are (out, 1) for an output and (1, in) for an input, (1, channels, 1, 1) for a convolution."""
 
-    def to_peft(self, method: Any, placements: Sequence[Placement], model: Any) -> PeftState | None:
-        tensors: dict[str, TensorView] = {}
-        feedforward, transposed = [], []
-        for placement in placements:
-            path, adapter = placement.path, placement.adapter
-            view = _view(adapter) if isinstance(adapter, (IA3Input, IA3Output)) else None
-            if view is None or not isinstance(adapter, (IA3Input, IA3Output)):
-                return None
-            tensors[f"{path}.ia3_l"] = view
-            feedforward += [path] if isinstance(adapter, IA3Input) else []
-            transposed.append(isinstance(adapter.layout, TransposedLayout))
-        names = [placement.path for placement in placements]
-        config = {
-            "peft_type": self.table.type,
-            "target_modules": exact_targets(names, model),
-            # peft takes what ends in one of these, so that they have to be exact wherever the names above are.
-            "feedforward_modules": _feedforward(feedforward, names),
-            "fan_in_fan_out": any(transposed),
+    def tensors_of(self, adapter: Any) -> Mapping[str, TensorView] | None:
+        view = _view(adapter) if isinstance(adapter, (IA3Input, IA3Output)) else None
+        return None if view is None else {"ia3_l": view}
+
+    def config(self, method: Any, placements: Sequence[Placement]) -> dict[str, Any]:
+        adapters: dict[str, Any] = {placement.path: placement.adapter for placement in placements}
+        feedforward = [path for path, adapter in adapters.items() if isinstance(adapter, IA3Input)]
+        return {
+            # peft takes what ends in one of these, so that they have to be exact wherever target_modules is.
+            "feedforward_modules": _feedforward(feedforward, [*adapters]),
+            "fan_in_fan_out": any(isinstance(adapter.layout, TransposedLayout) for adapter in adapters.values()),
         }
-        return PeftState(config=config, tensors=tensors)
 
     def from_peft(self, file: PeftFile) -> tuple[Method, Mapping[str, Tensor]]:
         file.check_fields("feedforward_modules", "init_ia3_weights")

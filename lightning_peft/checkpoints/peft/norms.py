@@ -25,7 +25,7 @@ class LayerNormFormat(PeftFormat):
         for placement in placements:
             path, adapter = placement.path, placement.adapter
             every = {*read_parameters(model.get_submodule(path))}
-            # Those with running statistics peft would have twice, and train them.
+            # Running statistics peft would have twice, and train.
             if not isinstance(adapter, TunedParameters) or every != {*adapter.copies()}:
                 return None
             tensors |= {f"{path}.{_LAYERS}.{name}": TensorView((copy,)) for name, copy in adapter.copies().items()}

@@ -16,7 +16,7 @@ from lightning_peft.network.blocks import find_blocks
 from lightning_peft.network.hosts import find_hosts
 from lightning_peft.prompting.attention import PrefixedAttention
 
-# What is read, and what only says where the prefix came from.
+# Fields that are read, and fields that only say where the prefix came from.
 _READ = (
     "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
     "prefix_projection", "encoder_hidden_size", "init_weights",
@@ -47,7 +47,7 @@ class PrefixFormat(PeftFormat):
             **sizes(model),
             "num_layers": len(order),
             "num_transformer_submodules": 2 if crosses else 1,
-            "prefix_projection": False,  # what is saved has no MLP any more, and can be trained on as it is
+            "prefix_projection": False,  # the saved prefix has no MLP any more, and can be trained on as it is
         }
         tensor = TensorView(tuple(part.detach() for part in parts), dim=1)
         return PeftState(config=config, tensors={PROMPT: tensor}, exact=not method.prefix_projection)

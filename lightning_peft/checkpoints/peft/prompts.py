@@ -13,7 +13,7 @@ from lightning_peft.methods.p_tuning import EncodedPrompt, PTuning
 from lightning_peft.methods.prompt_tuning import Prompt, PromptTuning
 from lightning_peft.prompting.prompts import PromptedCall
 
-# What is read, and what only says where the prompt came from.
+# Fields that are read, and fields that only say where the prompt came from.
 _READ = (
     "num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
     "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
@@ -25,9 +25,7 @@ _READ = (
 class PromptFormat(PeftFormat):
     """The vectors of a prompt. What an encoder has made is read as one, since peft does not save the encoder."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.types = ("PROMPT_TUNING", "P_TUNING")
+    types: tuple[str, ...] = ("PROMPT_TUNING", "P_TUNING")
 
     def to_peft(self, method: Any, placements: Sequence[Placement], model: Any) -> PeftState | None:
         prompts = [p.adapter.prompt for p in placements if isinstance(p.adapter, PromptedCall)]
@@ -54,11 +52,9 @@ class PromptFormat(PeftFormat):
 
 @formats(PTuning)
 class EncodedPromptFormat(PromptFormat):
-    """What the encoder makes, with its settings."""
+    """What the encoder makes, with its settings. Files of it are read as prompts."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.types = ()
+    types = ()
 
     def config(self, method: Any, placements: Sequence[Placement]) -> dict[str, Any]:
         prompt: Any = next(p.adapter.prompt for p in placements if isinstance(p.adapter, PromptedCall))

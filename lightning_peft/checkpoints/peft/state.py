@@ -4,7 +4,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ _NEUTRAL = (
     "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
     "modules_to_save", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
 )  # fmt: skip
+_UNSET: tuple[Any, ...] = (None, False, "", 0, "none", [], {}, ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +50,6 @@ class PeftFile:
     """Without peft's prefix of the keys, and without the modules that were fully trained."""
     model: nn.Module
     """The network that the paths are seen from."""
-    paths: frozenset[str] = field(init=False)
-    """Every module path of the network."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "paths", frozenset(path for path, _ in base_modules(self.model)))
 
     def check_fields(self, *known: str) -> None:
         """Raise where a field that the method does not know is set to something.
@@ -62,12 +58,7 @@ class PeftFile:
             CheckpointError: names the field.
         """
         for name, value in self.config.items():
-            if (
-                name not in _NEUTRAL
-                and name not in known
-                and value not in (None, False, "", 0, "none")
-                and value not in _EMPTY
-            ):
+            if name not in (*_NEUTRAL, *known) and value not in _UNSET:
                 raise self.unsupported(name)
 
     def unsupported(self, name: str) -> CheckpointError:
@@ -87,7 +78,7 @@ class PeftFile:
         return self._typed(name, default, (int,), "a whole number")  # type: ignore[no-any-return]
 
     def flag(self, name: str) -> bool:
-        """A switch of the config, off where it is not there."""
+        """True if a switch of the config is on; one that is not there is off."""
         value = self.config.get(name)
         if value is not None and not isinstance(value, bool):
             raise CheckpointError(f"{CONFIG}: {name} must be true or false, not {value!r}.")
@@ -113,12 +104,11 @@ class PeftFile:
         found = {key[: -len(n) - 1]: t for key, t in self.tensors.items() for n in names if key.endswith(f".{n}")}
         if not found:
             raise CheckpointError(f"The file holds no tensor called {' or '.join(map(repr, names))}: it is incomplete.")
-        for path in found:
-            if path not in self.paths:
-                raise BaseMismatchError(
-                    f"The adapter belongs to another base: the file has tensors for '{path}', which "
-                    f"{type(self.model).__name__} does not have. Load the base model that the adapter was trained on."
-                )
+        if foreign := [*found.keys() - {path for path, _ in base_modules(self.model)}]:
+            raise BaseMismatchError(
+                f"The adapter belongs to another base: the file has tensors for '{min(foreign)}', which "
+                f"{type(self.model).__name__} does not have. Load the base model that the adapter was trained on."
+            )
         return found
 
     def prompt(self) -> tuple[Tensor, int]:
@@ -182,6 +172,3 @@ def exceptions(values: Mapping[str, T]) -> tuple[T, dict[str, T]]:
     if all(next((v for p, v in patterns.items() if matches_end(p, n)), common) == v for n, v in values.items()):
         return common, patterns
     return common, {re.escape(name): values[name] for name in sorted(values, key=len, reverse=True)}
-
-
-_EMPTY: tuple[Any, ...] = ([], {}, ())

@@ -1,6 +1,6 @@
 """An adapter as a directory of the peft package: what every method has in common there.
 
-What is peculiar to a method is in its :class:`~.formats.PeftFormat`. Here are the key prefixes, the modules that are
+Everything peculiar to a method is in its :class:`~.formats.PeftFormat`. Here are the key prefixes, the modules that are
 fully trained, the task, and what peft does to a model without being told.
 """
 
@@ -11,13 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_peft.checkpoints.loading import without_fully_trained
 from lightning_peft.checkpoints.peft.formats import PeftFormat, format_of
 from lightning_peft.checkpoints.peft.state import CONFIG, PEFT_VERSION, PROMPT, PeftFile, PeftState, listed
 from lightning_peft.checkpoints.tensors import check_tensors, view_of
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement, registered_methods
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
-from lightning_peft.network.walk import base_modules, join, within
+from lightning_peft.network.patterns import ends_with
+from lightning_peft.network.walk import base_modules, join, outermost, within
 
 # transformers calls its models after their task, and peft has a class for some of the tasks.
 _TASKS = {
@@ -42,7 +44,7 @@ def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -
         placements: all of its adapters, at their places in ``model``.
         model: the network that peft would wrap.
     """
-    own = [placement for placement in placements if not isinstance(placement.adapter, FullyTrainedParameters)]
+    own = without_fully_trained(placements)
     written = format_of(type(method))
     form = written.to_peft(method, own, model) if written and own else None
     if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
@@ -69,13 +71,14 @@ def to_files(
     prefix, prompt = _prefix(form.tensors), PROMPT in form.tensors
     tensors = {_key(key, prefix): tensor.value() for key, tensor in form.tensors.items()}
     task, names = _task(model, prompt), sorted(fully_trained)
-    beside = _beside(fully_trained, (*names, *_HEADS.get(task or "", ())), model)
+    # What peft takes along beside these by its own account, and whose values it then wants.
+    taken = wrapped((*names, *_HEADS.get(task or "", ())), model)
+    beside = [path for path in taken if not within(path, fully_trained)]
     if any(within(key, beside) for key in form.tensors):  # peft would train whole what carries an adapter
         task, names = "FEATURE_EXTRACTION" if prompt else None, [prefix + path for path in names]
         beside = []
-    for path, module in base_modules(model):
-        if within(path, beside):
-            tensors |= {prefix + key: tensor.detach().cpu().clone() for key, tensor in _state(path, module).items()}
+    own = {key: tensor for key, tensor in base_state(model).items() if within(key, beside)}
+    tensors |= {prefix + key: tensor.detach().cpu().clone() for key, tensor in own.items()}
     config = {
         **form.config,
         "task_type": task,
@@ -110,7 +113,7 @@ def from_files(
 
 
 def _reader(config: Mapping[str, Any]) -> PeftFormat:
-    """What reads a file with this config: of those whose marks it has, the one with the most."""
+    """The format that reads a file with this config: of all whose marks it has, the one with the most marks."""
     kind = config.get("peft_type")
     every = [form for method in registered_methods() if (form := format_of(method))]
     known = {name for form in every for name in form.types}
@@ -176,13 +179,7 @@ def wrapped(names: Iterable[str], model: nn.Module) -> list[str]:
     ends = tuple(names)
     if not ends:
         return []
-    found = [path for path, _ in base_modules(model) if path and f"base_model.model.{path}".endswith(ends)]
-    return [path for path in found if not any(path != other and within(path, [other]) for other in found)]
-
-
-def _beside(fully_trained: Sequence[str], names: Sequence[str], model: nn.Module) -> list[str]:
-    """Modules that peft takes along beside those ``fully_trained``, and whose values it then wants."""
-    return [path for path in wrapped(names, model) if not within(path, fully_trained)]
+    return outermost([path for path, _ in base_modules(model) if path and f"{_WRAPPER}model.{path}".endswith(ends)])
 
 
 def _check_targets(
@@ -217,11 +214,11 @@ def _check_targets(
 
 
 def _match(config: Mapping[str, Any], name: str, paths: Iterable[str]) -> set[str]:
-    """Those of ``paths`` that a field means: one regular expression, or names and suffixes."""
+    """The ``paths`` that a field means: one regular expression, or names and suffixes."""
     patterns = listed(config, name)
     if isinstance(config.get(name), str):
         return {path for path in paths if re.fullmatch(patterns[0], path)}
-    return {path for path in paths for end in patterns if path == end or path.endswith(f".{end}")}
+    return {path for path in paths for end in patterns if ends_with(path, end)}
 
 
 def _layer(path: str, containers: Sequence[str]) -> int | None:
@@ -251,9 +248,8 @@ def _task(model: Any, prompt: bool) -> str | None:
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The base's own parameters and saved buffers, by path."""
-    return {key: tensor for path, module in base_modules(model) for key, tensor in _state(path, module).items()}
-
-
-def _state(path: str, module: nn.Module) -> dict[str, Tensor]:
-    own = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
-    return {join(path, name): tensor for name, tensor in {**module._parameters, **own}.items() if tensor is not None}
+    state: dict[str, Tensor] = {}
+    for path, module in base_modules(model):
+        saved = {n: t for n, t in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        state |= {join(path, n): t for n, t in {**module._parameters, **saved}.items() if t is not None}
+    return state

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.network.walk import Beside, leaf, modules_outside, parent
+from lightning_peft.network.walk import Beside, leaf, parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +94,8 @@ def perhaps_rounded(bias: Tensor) -> Quantized:
 
 def packed_sizes(model: nn.Module) -> dict[int, int]:
     """How many numbers each quantized weight stands for, by the ``id`` of the tensor that holds them."""
-    return {
-        id(weight): found.shape.numel()
-        for _, module in modules_outside(model)
-        for name, weight in module._parameters.items()
-        if type(weight) is not nn.Parameter and weight is not None and (found := quantized(module, name))
-    }
+    found = quantized_weights(model)
+    return {id(module._parameters[name]): weight.shape.numel() for _, module, name, weight in found}
 
 
 def plain_dtype(model: nn.Module) -> torch.dtype | None:
