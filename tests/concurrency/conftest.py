@@ -1,0 +1,37 @@
+"""Every method on several kinds of host, called by several threads at once."""
+
+import pytest
+from conformance.conftest import _cells
+
+SHORT = ("bert", "attention_batch_first")
+"""The hosts of `make test`; on the second one adapters replace weights, and prefixes the forward."""
+HOSTS = (*SHORT, "llama", "encoder", "cnn", "lstm", "embedding", "attention", "hf_conv1d")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" in metafunc.fixturenames:
+        cells = [cell for cell in _cells() if cell.host.name in HOSTS and not cell.refusal]
+        metafunc.parametrize(
+            "cell",
+            [
+                pytest.param(
+                    cell,
+                    id=f"{type(cell.method).__name__}-{cell.host.name}",
+                    marks=() if cell.host.name in SHORT else pytest.mark.soak,
+                )
+                for cell in cells
+            ],
+        )
+    if "load" in metafunc.fixturenames:
+        loads = [(4, 1e-6, 6), *((n, interval, 25) for n in (2, 4, 8) for interval in (1e-6, None))]
+        metafunc.parametrize(
+            "load",
+            [
+                pytest.param(
+                    load,
+                    id=f"{load[0]}-threads-{load[1]}-x{load[2]}",
+                    marks=() if i == 0 else pytest.mark.soak,
+                )
+                for i, load in enumerate(loads)
+            ],
+        )
