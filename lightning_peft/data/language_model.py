@@ -1,12 +1,12 @@
 """What the data modules for language models share: bad rows and their report, and packing."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_peft.data.module import RowsData, require_choice
+from lightning_peft.data.module import Batching, RowsData, require_choice
 from lightning_peft.data.sources.batches import LanguageModelCollator, PackingCollator
 from lightning_peft.data.sources.loading import Source
 from lightning_peft.data.sources.packing import PackedRows, pack, padding_share
@@ -18,12 +18,28 @@ from lightning_peft.data.sources.tokenizing import digest, find_pad_token_id, lo
 class LanguageModelData(RowsData):
     """Base of the data modules for language models. A subclass says in :meth:`_preparing` what becomes of a row.
 
+    Args:
+        args: ``tokenizer``, ``path``, … of :class:`~lightning_peft.data.module.RowsData`, by position.
+        packing: True if short training rows share a block of up to ``max_length`` tokens, without seeing each other.
+        on_bad_row: ``"skip"``, or ``"error"`` to stop.
+        max_length: Rows are cut to this many tokens, special ones included; blocks have as many.
+        batch_size: Rows of a training batch (on each device); with ``packing`` or ``join``, blocks.
+        kwargs: Options of ``RowsData``.
+
     Attributes:
         reports: What became of the rows of each file or split, once they are loaded.
     """
 
-    def __init__(self, *, packing: bool, on_bad_row: str, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        *args: Any,
+        packing: bool = False,
+        on_bad_row: str = "skip",
+        max_length: int = 512,
+        batch_size: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, max_length=max_length, batch_size=batch_size, **kwargs)
         require_choice(("skip", "error"), on_bad_row=on_bad_row)
         self.packing = packing
         self.on_bad_row = on_bad_row
@@ -84,7 +100,7 @@ class LanguageModelData(RowsData):
         )
         return blocks
 
-    def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
+    def _batching(self, split: str, predict: bool) -> Batching:
         rows = self.splits[split]
         rows = rows.select_columns([column for column in ("input_ids", "labels") if column in rows.column_names])
         if self.packing and split == "train":

@@ -8,6 +8,7 @@ for any template whose second text begins with the first; another is refused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.sources.conversations import Conversation, Turn
@@ -156,7 +157,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[list[Segment]])
     The ids up to any border are those of the text up to there: that is what the model reads before it generates. Where
     a token would reach over the border in the longer text, the next segment is therefore encoded by itself.
     """
-    beginnings = [_grown(segments) for segments in texts]
+    beginnings = [list(accumulate(segment.text for segment in segments)) for segments in texts]
     encoded = iter(_ids(tokenizer, [text for grown in beginnings for text in grown]))
     rows = []
     for segments in texts:
@@ -194,8 +195,3 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[in
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _grown(segments: list[Segment]) -> list[str]:
-    text = ""
-    return [text := text + segment.text for segment in segments]

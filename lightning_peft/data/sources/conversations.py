@@ -13,7 +13,7 @@ Each may have a text ``system``.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_peft.data.sources.records import BadRowError, require_text
@@ -98,8 +98,7 @@ def read_conversation(
     system = row.get("system") or system_prompt
     if system is not None and conversation.turns[0].role != "system":
         turn = Turn(role="system", content=require_text(system, "system", "not text"))
-        first, verbatim = conversation.first + 1, conversation.verbatim
-        conversation = Conversation(turns=(turn, *conversation.turns), first=first, verbatim=verbatim)
+        conversation = replace(conversation, turns=(turn, *conversation.turns), first=conversation.first + 1)
     _require_order(conversation.turns, answered)
     return conversation
 

@@ -230,8 +230,13 @@ def divide(rows: int, validation: int | float, test: int | float, seed: int, ori
 
 def first_rows(rows: list[int]) -> str:
     """Name the first few rows: ``"rows 3, 7, 12 and 5 more (counted from 0)"``."""
-    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:3]))}{more} (counted from 0)"
+    return f"{first_few('row', rows)} (counted from 0)"
+
+
+def first_few(unit: str, numbers: list[int]) -> str:
+    """Name the first few of what has ``numbers``: ``"lines 3, 7, 12 and 5 more"``."""
+    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+    return f"{unit}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:3]))}{more}"
 
 
 def _require_rows(source: Source) -> Source:

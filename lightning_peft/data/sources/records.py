@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.sources.loading import READERS, Source, load_file, read_file, require_file
+from lightning_peft.data.sources.loading import READERS, Source, first_few, load_file, read_file, require_file
 from lightning_peft.errors import DataError
 
 # The only column of rows that are still JSON. Arrow would refuse a whole file for one row of another type.
@@ -148,27 +148,22 @@ class RowReport:
         return "; ".join(f"{len(self.bad[r])} {self.examples[r]} ({self._where(self.bad[r])})" for r in ordered)
 
     def _where(self, numbers: list[int]) -> str:
-        more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
-        unit = "line" if self.lines else "row"
-        counted = "" if self.lines else ", counted from 0"
-        return f"{unit}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:3]))}{more}{counted}"
+        return first_few("line", numbers) if self.lines else f"{first_few('row', numbers)}, counted from 0"
 
 
 def _read_list(path: Path, file: str, option: str) -> list[Any] | None:
     """Return the rows of a file that is one JSON array, or None: then there is one object a line."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if path.read_text(encoding="utf-8-sig").lstrip().startswith("["):
-            raise DataError(f"{option}: {file!r} cannot be read as json: {error}") from error
-        return None
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
     except (OSError, ValueError) as error:
+        # Several objects are no document of JSON either; only what begins as an array was meant as one.
+        if isinstance(error, json.JSONDecodeError) and not text.lstrip().startswith("["):
+            return None
         raise DataError(f"{option}: {file!r} cannot be read as json: {error}") from error
-    if isinstance(content, list) and content:
-        return content
-    if isinstance(content, list):
+    if content == []:
         raise DataError(f"{option} {file!r} has no rows.")
-    return None
+    return content if isinstance(content, list) else None
 
 
 def _kind(value: Any) -> str:
