@@ -12,7 +12,7 @@ from lightning_peft.data.sources.loading import Source
 from lightning_peft.data.sources.packing import PackedRows, pack, padding_share
 from lightning_peft.data.sources.preparing import PrepareInstructions, PrepareTexts, prepare
 from lightning_peft.data.sources.records import RowReport, read_records
-from lightning_peft.data.sources.tokenizing import digest, find_pad_token_id, load_tokenizer, require_length
+from lightning_peft.data.sources.tokenizing import find_pad_token_id, load_tokenizer
 
 
 class LanguageModelData(RowsData):
@@ -52,9 +52,7 @@ class LanguageModelData(RowsData):
         """Return the function to map over the rows; ``fresh`` is the digest of the tokenizer as it was loaded."""
 
     def _load(self) -> dict[str, Any]:
-        tokenizer = load_tokenizer(self.tokenizer)
-        fresh = digest(tokenizer)
-        require_length(tokenizer, self.max_length, pair=False)
+        tokenizer, fresh = load_tokenizer(self.tokenizer, self.max_length)
         splits, reports = {}, {}
         for split, source in self._sources(read_records).items():
             function = self._preparing(split, source, tokenizer, fresh)
@@ -81,12 +79,11 @@ class LanguageModelData(RowsData):
     def _divide_train(self, train: Any, there: Sequence[str], origin: str) -> dict[str, Any]:
         """Divide by row, not by example: the several examples of one conversation stay together."""
         numbers = train["number"][:]
-        rows = {number: row for row, number in enumerate(dict.fromkeys(numbers))}
-        parts = self._divide(len(rows), there, origin)
-        split_of = {row: split for split, part in parts.items() for row in part}
+        rows = list(dict.fromkeys(numbers))
+        parts = {split: {rows[i] for i in part} for split, part in self._divide(len(rows), there, origin).items()}
         return {
-            split: train.select([i for i, number in enumerate(numbers) if split_of[rows[number]] == split])
-            for split in parts
+            split: train.select([i for i, number in enumerate(numbers) if number in part])
+            for split, part in parts.items()
         }
 
     def _pack(self, lengths: list[int]) -> list[list[int]]:

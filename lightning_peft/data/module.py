@@ -144,18 +144,15 @@ class RowsData(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation batches."""
-        self._require_stage("validate")
-        return self._eval_loader("validation")
+        return self._eval_loader("validate")
 
     def test_dataloader(self) -> DataLoader:
         """Return the test batches."""
-        self._require_stage("test")
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Return batches of ``predict_file``, else of the test rows, with their texts."""
-        self._require_stage("predict")
-        return self._eval_loader("predict" if "predict" in self.splits else "test", predict=True)
+        return self._eval_loader("predict")
 
     @abstractmethod
     def _load(self) -> "dict[str, Dataset]":
@@ -194,8 +191,9 @@ class RowsData(L.LightningDataModule, ABC):
             raise DataError(f"{stage}: there are no {splits[0]} rows: give {remedy}.")
         return found
 
-    def _eval_loader(self, split: str, predict: bool = False) -> DataLoader:
-        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **self._loader_options(split, predict))
+    def _eval_loader(self, stage: str) -> DataLoader:
+        options = self._loader_options(self._require_stage(stage), predict=stage == "predict")
+        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **options)
 
     def _loader_options(self, split: str, predict: bool = False) -> dict[str, Any]:
         rows, collate = self._batching(split, predict)

@@ -5,14 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.data.module import RowsData
 from lightning_peft.data.sources.labels import find_label_ids, infer_label_names, is_unlabelled
 from lightning_peft.data.sources.loading import Source, require_columns, require_text
-from lightning_peft.data.sources.tokenizing import (
-    PaddingCollator,
-    Tokenize,
-    digest,
-    find_pad_token_id,
-    load_tokenizer,
-    require_length,
-)
+from lightning_peft.data.sources.tokenizing import PaddingCollator, Tokenize, find_pad_token_id, load_tokenizer
 from lightning_peft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -96,9 +89,7 @@ class TextClassificationData(RowsData):
             )
 
     def _load(self) -> "dict[str, Dataset]":
-        tokenizer = load_tokenizer(self.tokenizer)
-        fresh = digest(tokenizer)
-        require_length(tokenizer, self.max_length, pair=self.text_pair_column is not None)
+        tokenizer, fresh = load_tokenizer(self.tokenizer, self.max_length, pair=self.text_pair_column is not None)
         collate = PaddingCollator(
             pad_token_id=find_pad_token_id(tokenizer),
             pad_token_type_id=tokenizer.pad_token_type_id,

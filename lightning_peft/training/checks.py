@@ -9,10 +9,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoints.ckpt import adapter_keys
-from lightning_peft.errors import GradientError, OptimizerError, PEFTError
+from lightning_peft.errors import ConfigError, GradientError, OptimizerError, PEFTError
 from lightning_peft.injection.registry import registries
 from lightning_peft.injection.slots import owner_of
 from lightning_peft.network.walk import CHILD, join
+
+
+def check_at_least(owner: str, least: int, **options: int) -> None:
+    """Raise if an option of ``owner``, a class, is below ``least``.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for name, value in options.items():
+        if value < least:
+            raise ConfigError(f"{owner}: {name}={value} must be at least {least}.")
 
 
 def check_still_there(module: nn.Module) -> None:

@@ -14,28 +14,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer by path or hub name.
+def load_tokenizer(name: str, max_length: int, pair: bool = False) -> "tuple[PreTrainedTokenizerBase, str]":
+    """Load a tokenizer by path or hub name; return it with its :func:`digest` as it was loaded.
+
+    Args:
+        name: The path or the name.
+        max_length: Tokens of a row, which must leave room for text and be no more than the model takes.
+        pair: True if a row holds two texts.
 
     Raises:
         DataError: If it is not there or cannot be loaded.
+        ConfigError: If ``max_length`` does not fit.
     """
     from transformers import AutoTokenizer
 
     path = str(require_path(name, "tokenizer")) if looks_local(name) else name
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"tokenizer: cannot load {name!r}: {reason}") from error
-
-
-def require_length(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair: bool) -> None:
-    """Check that ``max_length`` leaves room for text and is not more than the model takes.
-
-    Raises:
-        ConfigError: If it does not fit.
-    """
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= special:
         raise ConfigError(f"max_length={max_length} leaves no room for text: {special} tokens are special ones.")
@@ -44,6 +42,7 @@ def require_length(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair: 
             f"max_length={max_length} is more than the {tokenizer.model_max_length} tokens that the model of "
             f"tokenizer {tokenizer.name_or_path!r} takes. Make it smaller."
         )
+    return tokenizer, digest(tokenizer)
 
 
 @dataclass
