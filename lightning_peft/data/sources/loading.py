@@ -8,6 +8,7 @@ import glob
 import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,13 +220,9 @@ def divide(rows: int, validation: int | float, test: int | float, seed: int, ori
     # Python promises that random() gives the same numbers for a seed for ever; of shuffle() it does not promise that.
     generator = random.Random(seed)
     keys = [generator.random() for _ in range(rows)]
-    order = sorted(range(rows), key=keys.__getitem__)
-    parts, start = {}, 0
-    for split, count in (*counts.items(), ("train", train)):
-        if count:
-            parts[split] = sorted(order[start : start + count])
-        start += count
-    return parts
+    shuffled = iter(sorted(range(rows), key=keys.__getitem__))
+    parts = {split: sorted(islice(shuffled, count)) for split, count in (counts | {"train": train}).items()}
+    return {split: part for split, part in parts.items() if part}
 
 
 def first_rows(rows: list[int]) -> str:

@@ -141,11 +141,9 @@ class RowReport:
             raise DataError(f"{self.origin}: {self._bad()} {remedy}")
 
     def _bad(self) -> str:
-        return f"{self.rows - self.used} of {self.rows} rows cannot be used: {self._reasons()}."
-
-    def _reasons(self) -> str:
-        ordered = sorted(self.bad, key=lambda reason: -len(self.bad[reason]))
-        return "; ".join(f"{len(self.bad[r])} {self.examples[r]} ({self._where(self.bad[r])})" for r in ordered)
+        ordered = sorted(self.bad.items(), key=lambda item: -len(item[1]))
+        reasons = (f"{len(rows)} {self.examples[reason]} ({self._where(rows)})" for reason, rows in ordered)
+        return f"{self.rows - self.used} of {self.rows} rows cannot be used: {'; '.join(reasons)}."
 
     def _where(self, numbers: list[int]) -> str:
         return first_few("line", numbers) if self.lines else f"{first_few('row', numbers)}, counted from 0"
