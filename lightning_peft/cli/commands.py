@@ -73,6 +73,7 @@ class CommandTrainer(L.Trainer):
             dequantize: make the layers of a quantized model plain, which merging into them takes.
             datamodule: not needed.
         """
+        # Asked before the checkpoint is read and merged, which takes minutes for a large model.
         networks = [network for _, network in pretrained_models(model)]
         if not output.endswith(".ckpt") and len(networks) != 1:
             raise ConfigError(
@@ -80,6 +81,7 @@ class CommandTrainer(L.Trainer):
                 "directory. Name a file that ends in .ckpt for a checkpoint of the whole module."
             )
         _load(model, ckpt_path)
+        # Lists: merging takes the adapters out of what is iterated.
         for _, owner, registry in list(registries(model)):
             for name in list(registry.attachments):
                 merge(owner, name, dequantize=dequantize)
@@ -125,6 +127,7 @@ def show_file(path: str) -> None:
     checkpoint = read_adapter_checkpoint(path)
     table = Table(title=path, title_justify="left", title_style="bold", show_header=False)
     for (place, name), method in methods_in(checkpoint[METADATA_KEY]).items():
+        # Most fields of a method are off (None, False, 0): only what acts is shown.
         told = {key: value for key, value in method.to_config().items() if value not in (None, False, [], {})}
         fields = ", ".join(f"{key}={value!r}" for key, value in told.items() if key != "method")
         table.add_row(f"Adapter '{name}'" + (f" on '{place}'" if place else ""), f"{told['method']}: {fields}")

@@ -71,6 +71,7 @@ class InstructionData(LanguageModelData):
         super().__init__(*args, **kwargs)
         require_choice(FORMATS, format=format)
         require_choice(TRAIN_ON, train_on=train_on)
+        # A decoder writes the completion alone, and no position_ids keep the rows apart that an encoder reads.
         if seq2seq and (self.packing or train_on == "everything"):
             option = "packing=True" if self.packing else "train_on='everything'"
             raise ConfigError(

@@ -54,6 +54,7 @@ class LanguageModelData(RowsData):
     def _load(self) -> dict[str, Any]:
         tokenizer, fresh = load_tokenizer(self.tokenizer, self.max_length)
         splits, reports = {}, {}
+        # Read row by row: Arrow would refuse a whole file for one row of another type.
         for split, source in self._sources(read_records).items():
             function = self._preparing(split, source, tokenizer, fresh)
             examples, report = prepare(source, function, f"Tokenizing {split}")

@@ -87,6 +87,7 @@ class RowsData(L.LightningDataModule, ABC):
         if path is not None and train_file is not None:
             raise ConfigError(f"path={path!r} and train_file={train_file!r} both hold training rows: give one of them.")
         self.files = {"train": train_file, "validation": validation_file, "test": test_file, "predict": predict_file}
+        # Any file will do: a run that tests or predicts needs no training rows.
         if path is None and not any(self.files.values()):
             raise ConfigError("There is no data: give path, or train_file (or test_file or predict_file alone).")
         self.tokenizer = tokenizer

@@ -107,6 +107,7 @@ class LengthBucketBatchSampler(BatchSampler):
             batches = [rows[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
             if tail and not self.drop_last:
                 batches.append(tail)
+            # The seed knows no rank: all ranks meet long batches at the same step, and none waits.
             for index in torch.randperm(len(batches), generator=generator).tolist():
                 yield batches[index]
 

@@ -43,7 +43,7 @@ class TextData(LanguageModelData):
     """
 
     def __init__(self, *args: Any, text_column: str = "text", join: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, predict_file=None, **kwargs)
+        super().__init__(*args, predict_file=None, **kwargs)  # given here, it is no option of the command
         if join and self.packing:
             raise ConfigError(
                 "packing=True keeps texts whole and apart, join=True joins and cuts them: set join=False."

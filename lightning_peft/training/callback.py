@@ -73,6 +73,7 @@ class PEFTCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not self._adapts:
             return
+        # Lightning has not built the network yet; it is asked again when adapters are attached.
         check_trainer(trainer)
         for other in _peft_callbacks(trainer):
             if other is not self and other.name == self.name:

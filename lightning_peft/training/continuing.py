@@ -31,6 +31,7 @@ def continue_adapter(module: nn.Module, path: str | Path, name: str, method: Met
     else:
         checkpoint = read_adapter_checkpoint(path, ": see base_weights")
         injection = prepare_metadata(module, checkpoint[METADATA_KEY], checkpoint["state_dict"], name)
+    # Before anything is attached: after an error the module is as it was.
     if method is not None and injection.method.to_config() != method.to_config():
         raise ConfigError(
             f"init_from={str(path)!r} is an adapter of {injection.method}, and PEFTCallback asks for {method}. Leave "

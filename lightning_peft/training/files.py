@@ -83,6 +83,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        # Not read_checkpoint: what torch.save made of a state dict is no Lightning checkpoint.
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)

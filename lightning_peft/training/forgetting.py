@@ -125,13 +125,8 @@ class ForgettingMonitor(L.Callback):
         if active_adapters(pl_module):
             with disabled(pl_module):
                 values["general_base_perplexity"] = self._perplexity(trainer, pl_module)
-        self.scores.append(
-            GeneralScore(
-                step=trainer.global_step,
-                perplexity=values["general_perplexity"],
-                base_perplexity=values.get("general_base_perplexity"),
-            )
-        )
+        perplexity, base = values["general_perplexity"], values.get("general_base_perplexity")
+        self.scores.append(GeneralScore(step=trainer.global_step, perplexity=perplexity, base_perplexity=base))
         return values
 
     @torch.no_grad()

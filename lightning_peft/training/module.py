@@ -80,6 +80,7 @@ class PEFTModule(L.LightningModule):
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr)
+        # A constant rate needs no number of steps, which a run without an end does not have.
         if self.schedule == "constant" and not self.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

@@ -50,7 +50,7 @@ def check_comes_back(trainer: L.Trainer) -> None:
         NotApplicableError: no checkpoint would hold them either.
     """
     if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or trainer.state.fn != TrainerFn.FITTING:
-        return
+        return  # strategies that start scripts run fit in the caller's process, too
     what = (
         f"Under Trainer(strategy={type(trainer.strategy).__name__}) that starts its processes with "
         f"{trainer.strategy.launcher._start_method!r}, the adapters that PEFTCallback attaches stay in these: after "

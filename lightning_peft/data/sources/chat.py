@@ -158,6 +158,7 @@ def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[list[Segment]])
     a token would reach over the border in the longer text, the next segment is therefore encoded by itself.
     """
     beginnings = [list(accumulate(segment.text for segment in segments)) for segments in texts]
+    # In one call, which fast tokenizers spread over the cores.
     encoded = iter(_ids(tokenizer, [text for grown in beginnings for text in grown]))
     rows = []
     for segments in texts:

@@ -83,6 +83,7 @@ def read_conversation(
     if layout == "auto":
         layout = _find_layout(row, prompt_column)
     if layout == "messages":
+        # Not `in`: a file with columns gives each row all of them, with None where there is nothing.
         column = "messages" if row.get("messages") is not None else "conversations"
         conversation = Conversation(turns=_read_messages(row.get(column), column))
     elif layout == "alpaca":
@@ -138,6 +139,7 @@ def _read_messages(messages: Any, column: str) -> tuple[Turn, ...]:
         role = _ROLES.get(given) if isinstance(given, str) else None
         if role is None:
             raise BadRowError("of an unknown role", f"{given!r} is none of {', '.join(_ROLES)}")
+        # Not `or`: an empty content is to be reported, where a key that Arrow filled in with None is not.
         content = message["content"] if message.get("content") is not None else message.get("value")
         missing = "no completion" if role == "assistant" else "no prompt"
         turns.append(Turn(role=role, content=require_text(content, f"{column}[{number}]", missing)))

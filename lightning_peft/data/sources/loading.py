@@ -129,6 +129,7 @@ def read_path(path: str, name: str | None = None, read: Callable[[str, str], Sou
         return {"train": read(path, "path")}
     try:
         if any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+            # What save_to_disk wrote: load_dataset refuses it.
             found = load_from_disk(str(folder))
         else:
             found = load_dataset(str(folder) if folder.is_dir() else path, name)

@@ -92,6 +92,7 @@ class PrepareInstructions:
     def _finish(self, pieces: list[tuple[list[int], bool]]) -> dict[str, Any]:
         ids = [token for tokens, _ in pieces for token in tokens]
         labels = [token if learned else HIDDEN for tokens, learned in pieces for token in tokens]
+        # Of a completion, though everything is learned: a row that is cut before it shows no completion.
         first = next((position for position, label in enumerate(labels) if label != HIDDEN), len(ids))
         if first + (not self.prompts) > self.max_length:
             raise BadRowError("too long", f"its prompt alone has {first} tokens, and max_length={self.max_length}")
@@ -154,6 +155,7 @@ class PrepareTexts:
         for example in examples:
             if not example["reason"]:
                 ids = next(encoded)
+                # Some tokenizers end every text by themselves.
                 ids = ids if ids[-1:] == [eos] else [*ids, eos]
                 kept = ids[: self.max_length]
                 example |= {"input_ids": kept, "length": len(kept), "cut": len(kept) < len(ids)}
@@ -166,6 +168,7 @@ def prepare(
     """Map one of the functions here over rows; return all its examples, and what became of the rows."""
     from datasets import Features, List, Value
 
+    # The types are stated: in a first batch of bad rows alone, Arrow would find no type for the empty lists.
     types = {
         column: List(Value("int32")) if kind == "int32s" else Value(kind) for column, kind in function.columns.items()
     }

@@ -40,6 +40,7 @@ def read_records(file: str, option: str) -> Source:
     kind = path.suffix.lower()
     if kind == ".txt":
         return load_file(file, option, "text", sample_by="document")
+    # A .json file is one array or, as `datasets` has it too, one object a line.
     if kind == ".json" and (listed := _read_list(path, file, option)) is not None:
         from datasets import Dataset
 
@@ -64,6 +65,7 @@ def parse(rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> Iterator
             yield number, {column: values[position] for column, values in rows.items()}
         return
     for number, line in zip(numbers, rows[_JSON], strict=True):
+        # Some editors begin a file with a byte order mark, which is no JSON.
         text = line.removeprefix("\ufeff").strip()
         if not text:
             continue

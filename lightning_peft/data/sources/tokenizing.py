@@ -31,6 +31,7 @@ def load_tokenizer(name: str, max_length: int, pair: bool = False) -> "tuple[Pre
     path = str(require_path(name, "tokenizer")) if looks_local(name) else name
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+    # Not only OSError: of a broken file the library in Rust raises a bare Exception.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"tokenizer: cannot load {name!r}: {reason}") from error

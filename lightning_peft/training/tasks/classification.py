@@ -64,6 +64,7 @@ class TextClassifier(PEFTModule):
         )
         scores = MetricCollection(
             {
+                # Micro is the share of all rows; macro, the default of torchmetrics, is the mean over classes.
                 "accuracy": MulticlassAccuracy(num_labels, average="micro"),
                 "f1": MulticlassF1Score(num_labels, average="macro"),
             }

@@ -104,6 +104,7 @@ def _quiet() -> Iterator[None]:
     """Keep transformers from reporting the new head, which is expected, and from drawing a progress bar."""
     from transformers.utils import logging
 
+    # Both are settings of the whole process: they go back to what the user had.
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

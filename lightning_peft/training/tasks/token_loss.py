@@ -91,6 +91,7 @@ def transparent(head: nn.Module) -> Iterator[None]:
     def hand_on(head: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return caught.pop()
 
+    # The first hook before the head and the last behind it: adapters of the head see no token in between.
     handles = head.register_forward_pre_hook(catch, prepend=True), head.register_forward_hook(hand_on)
     try:
         yield
