@@ -70,7 +70,7 @@ class CommandTrainer(L.Trainer):
             model: the module that the checkpoint belongs to.
             ckpt_path: a ``.ckpt`` with an adapter.
             output: a directory for the transformers model (``save_pretrained``), or a ``.ckpt`` for the module.
-            dequantize: make the layers of a quantized model plain, which merging into them takes.
+            dequantize: True to make the layers of a quantized model plain, which merging into them takes.
             datamodule: not needed.
         """
         # Asked before the checkpoint is read and merged, which takes minutes for a large model.

@@ -173,7 +173,7 @@ def main(args: ArgsType = None) -> None:
     _hush()
     given = sys.argv[1:] if args is None else args
     try:
-        # LightningCLI would ask for a model, which a look into a file needs none of.
+        # Not through LightningCLI, which would ask for a model.
         if isinstance(given, list) and len(given) == 2 and given[0] == "inspect" and not given[1].startswith("-"):
             show_file(given[1])
         else:

@@ -47,7 +47,7 @@ class InstructionData(LanguageModelData):
         completion_column: Column of its completion.
         system_prompt: A system turn for rows that have none.
         chat_template: In place of the tokenizer's: a Jinja template, a file of that kind (.jinja), or ``"plain"``.
-        train_on: What is learned: ``"completions"``, the ``"last"`` completion of a conversation, or ``"everything"``.
+        train_on: Tokens to learn: ``"completions"``, the ``"last"`` completion of a conversation, or ``"everything"``.
         seq2seq: True if the model is an encoder-decoder; prompts and completions are then cut to ``max_length`` each.
         kwargs: Options of ``RowsData`` and :class:`~lightning_peft.data.language_model.LanguageModelData`.
 

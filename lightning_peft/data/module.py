@@ -105,7 +105,7 @@ class RowsData(L.LightningDataModule, ABC):
 
     @property
     def splits(self) -> "dict[str, Dataset]":
-        """The tokenized rows by split: those of train, validation, test, predict that there are."""
+        """The tokenized rows of each split there is: train, validation, test, predict."""
         if self._splits is None:
             raise DataError("The data is not loaded yet: call prepare_data() or setup() first.")
         return self._splits
@@ -115,7 +115,7 @@ class RowsData(L.LightningDataModule, ABC):
         self._load_once()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load what is not loaded yet, and check that the stage has rows.
+        """Load the data unless it is loaded, and check that the stage has rows.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, or None for whatever there is.

@@ -26,8 +26,8 @@ class TextClassificationData(RowsData):
 
     A split that is in the data is used as it is. Else it is taken from the training rows, at random by ``split_seed``.
     The texts "NA" and "null" in a csv file are texts; an empty text or label is an error. Integer labels 0 .. k-1 are
-    the class indices; other labels are numbered in sorted order, or in that of ``label_names``. A hub data set's test
-    split with labels withheld (-1) serves for predict only.
+    the class indices; other labels are numbered in sorted order, or in the order of ``label_names``. A hub data set's
+    test split with labels withheld (-1) serves for predict only.
 
     Args:
         args: ``tokenizer``, ``path``, … of :class:`~lightning_peft.data.module.RowsData`, by position.

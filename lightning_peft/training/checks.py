@@ -1,4 +1,4 @@
-"""What is checked while a module with adapters trains, before time is lost."""
+"""Checks of a module with adapters that trains, before time is lost."""
 
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
@@ -102,10 +102,10 @@ class GradientWatch:
         _raise_if_any(self.missing)
 
     def check_stepped(self) -> bool:
-        """The same for the parameters of optimizers that have made a step; other optimizers have their turn to come.
+        """Check the parameters of optimizers that have made a step; other optimizers have their turn to come.
 
         Returns:
-            Whether nothing is left to watch.
+            True if nothing is left to watch.
 
         Raises:
             GradientError: a parameter was stepped and has had no gradient.

@@ -41,7 +41,7 @@ class LanguageModelCollator:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptCollator:
-    """Take the prompts of rows, padded so that what is generated follows each directly.
+    """Take the prompts of rows, padded so that the generated text follows each directly.
 
     Attributes:
         pad_token_id: What ``input_ids`` are filled up with.

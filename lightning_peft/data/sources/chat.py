@@ -31,7 +31,7 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A piece of a text, and whether the model must learn to write it."""
+    """A piece of a text; ``learned`` is True if the model must learn to write it."""
 
     text: str
     learned: bool
@@ -134,7 +134,7 @@ class Chat:
         Args:
             conversation: The conversation.
             turn: Index of the completion.
-            encoder: Whether an encoder reads it: the plain template then adds nothing at its ends.
+            encoder: True if an encoder reads it: the plain template then adds nothing at its ends.
 
         Raises:
             BadRowError: If the template refuses the conversation.
@@ -154,7 +154,7 @@ class Chat:
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[list[Segment]]) -> list[list[tuple[list[int], bool]]]:
     """Return the token ids of each text's segments.
 
-    The ids up to any border are those of the text up to there: that is what the model reads before it generates. Where
+    The ids up to any border are the ids of the text up to there, which the model reads before it generates. Where
     a token would reach over the border in the longer text, the next segment is therefore encoded by itself.
     """
     beginnings = [list(accumulate(segment.text for segment in segments)) for segments in texts]

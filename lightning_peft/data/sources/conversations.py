@@ -46,7 +46,7 @@ class Conversation:
     Attributes:
         turns: The turns.
         first: Index from which on assistant turns are completions; those before it belong to a given prompt.
-        verbatim: Whether prompt and completion are texts that join as they are.
+        verbatim: True if prompt and completion are texts that join as they are.
     """
 
     turns: tuple[Turn, ...]
@@ -75,7 +75,7 @@ def read_conversation(
         prompt_column: Column of the prompt of ``"prompt-completion"``.
         completion_column: Column of its completion.
         system_prompt: Text of the system turn where the row has none.
-        answered: Whether the row must end with a completion.
+        answered: True if the row must end with a completion.
 
     Raises:
         BadRowError: If it has no prompt or completion, is not text, or the roles are in a wrong order.
@@ -111,7 +111,7 @@ def _find_layout(row: Mapping[str, Any], prompt_column: str) -> str:
     if there:
         return there[0]
     empty = [layout for column, layout in columns.items() if column in row]
-    if empty:  # the reader of that layout then says what is empty
+    if empty:  # the reader of that layout then names the empty column
         return empty[0]
     raise BadRowError("of no known layout", f"has {', '.join(map(repr, row)) or 'nothing'}, none of {list(columns)}")
 

@@ -64,7 +64,7 @@ def find_label_ids(source: Source, column: str, names: list[str]) -> dict[Any, i
 
 
 def is_unlabelled(source: Source, column: str) -> bool:
-    """Say whether these are the test rows of a hub data set that withholds the labels (a ``ClassLabel``, all -1)."""
+    """True if these are the test rows of a hub data set that withholds the labels (a ``ClassLabel``, all -1)."""
     return _class_label(source, column) is not None and set(source.rows.unique(column)) <= {-1, None}
 
 

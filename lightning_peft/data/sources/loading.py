@@ -40,7 +40,7 @@ class Source:
 
 
 def looks_local(path: str) -> bool:
-    """Say whether ``path`` can only be meant as a path, since no name on the hub looks like that."""
+    """True if ``path`` can only be meant as a path, since no name on the hub looks like that."""
     return (
         path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or Path(path).suffix.lower() in READERS
     )
@@ -114,7 +114,7 @@ def read_path(path: str, name: str | None = None, read: Callable[[str, str], Sou
         read: What reads a file, given its path and the option that named it.
 
     Returns:
-        Those of ``train``, ``validation``, ``test`` that are there; ``train`` always is.
+        Rows by split: ``train``, and ``validation`` and ``test`` if they are there.
 
     Raises:
         DataError: If it cannot be read or has no ``train`` split.

@@ -37,8 +37,8 @@ class PrepareInstructions:
         reading: Arguments of :func:`~lightning_peft.data.sources.conversations.read_conversation`.
         train_on: ``"completions"``, ``"last"`` or ``"everything"``.
         max_length: Longer rows are cut at their end.
-        seq2seq: Whether the labels are the last completion alone, and the input what comes before it.
-        prompts: Whether to make prompts alone.
+        seq2seq: True if the labels are the last completion alone, and the input is the text before it.
+        prompts: True to make prompts alone.
     """
 
     chat: Chat

@@ -78,7 +78,7 @@ def parse(rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> Iterator
 
 
 def has_columns(source: Source) -> bool:
-    """Say whether all rows have the same columns, which rows of JSON need not have."""
+    """True if all rows have the same columns, which rows of JSON need not have."""
     return source.rows.column_names != [_JSON]
 
 
@@ -101,7 +101,7 @@ class RowReport:
 
     Attributes:
         origin: Where they came from.
-        lines: Whether numbers are lines of a file, counted from 1, and not rows, counted from 0.
+        lines: True if numbers are lines of a file, counted from 1, and not rows, counted from 0.
         rows: How many there are.
         bad: Numbers of the rows that are left out, by reason.
         examples: The first bad row's own message, by reason.

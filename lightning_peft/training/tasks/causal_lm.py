@@ -26,7 +26,7 @@ class CausalLM(LanguageModel):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     shifted: ClassVar[bool] = True
     padding_side: ClassVar[Literal["left", "right"]] = "left"
-    _apart: bool | None = None  # whether packed texts do not see each other, once that is known
+    _apart: bool | None = None  # True if packed texts do not see each other; None until it is known
 
     @override
     def read(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -103,7 +103,7 @@ class TextClassifier(PEFTModule):
         self.model.config.label2id = {name: i for i, name in enumerate(names)}
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits (rows, labels) of tokenised texts (rows, tokens)."""
+        """Logits (rows, labels) of tokenized texts (rows, tokens)."""
         logits: Tensor = self.model(**inputs).logits
         return logits
 

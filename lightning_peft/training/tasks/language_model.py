@@ -37,8 +37,8 @@ class LanguageModel(PEFTModule):
         model: name or path of the pretrained model.
         dropout: probability of the model's own dropout layers, at least 0 and less than 1; None leaves it as it was
             pretrained.
-        gradient_checkpointing: compute every layer again in the backward and keep no activations inside of it:
-            a third more time, and much less memory for long texts.
+        gradient_checkpointing: True to compute every layer again in the backward and keep no activations inside of
+            it: a third more time, and much less memory for long texts.
         max_new_tokens: how many tokens to write at most, at least 1.
         samples: how many texts to write at the end of a validation, at least 0.
         lr: peak learning rate, greater than 0.
@@ -95,10 +95,10 @@ class LanguageModel(PEFTModule):
 
     @abstractmethod
     def written(self, sequences: Tensor, prompt: Tensor) -> Tensor:
-        """What is new in ``sequences`` (rows, tokens) that were generated from ``prompt``."""
+        """The new tokens of ``sequences`` (rows, tokens) that were generated from ``prompt`` (rows, fewer tokens)."""
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits (rows, tokens, vocabulary) of tokenised texts (rows, tokens)."""
+        """Logits (rows, tokens, vocabulary) of tokenized texts (rows, tokens)."""
         logits: Tensor = self.model(**inputs).logits
         return logits
 
@@ -162,7 +162,12 @@ class LanguageModel(PEFTModule):
         return rows
 
     def write(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
-        """What the model goes on with, always by its most probable token, behind each row of ``input_ids``."""
+        """What the model goes on with, always by its most probable token, behind each row.
+
+        Args:
+            input_ids: (rows, tokens).
+            attention_mask: the same shape; 0 in the padding.
+        """
         sequences = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -172,7 +177,7 @@ class LanguageModel(PEFTModule):
             use_cache=True,
             eos_token_id=self._ends(),
             pad_token_id=self._padding(),
-            # Those of a hub model's own settings only matter where tokens are drawn, and are complained about.
+            # A hub model's own settings only matter where tokens are drawn, and transformers warns of them.
             **dict.fromkeys(("temperature", "top_p", "top_k")),
         )
         texts: list[str] = self._tokenizer.batch_decode(self.written(sequences, input_ids), skip_special_tokens=True)
@@ -229,6 +234,10 @@ class LanguageModel(PEFTModule):
 
 def check_whole_rows(module: nn.Module, position_ids: Tensor) -> None:
     """Raise if rows hold several texts, as ``position_ids`` tell, and an acting adapter takes a row for one.
+
+    Args:
+        module: the module with the adapters.
+        position_ids: (rows, tokens), from 0 in each text.
 
     Raises:
         NotApplicableError: it does.
