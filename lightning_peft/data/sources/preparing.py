@@ -92,7 +92,7 @@ class PrepareInstructions:
     def _finish(self, pieces: list[tuple[list[int], bool]]) -> dict[str, Any]:
         ids = [token for tokens, _ in pieces for token in tokens]
         labels = [token if learned else HIDDEN for tokens, learned in pieces for token in tokens]
-        # Of a completion, though everything is learned: a row that is cut before it shows no completion.
+        # Up to the completion even where everything is learned: a row that is cut before it shows none.
         first = next((position for position, label in enumerate(labels) if label != HIDDEN), len(ids))
         if first + (not self.prompts) > self.max_length:
             raise BadRowError("too long", f"its prompt alone has {first} tokens, and max_length={self.max_length}")
