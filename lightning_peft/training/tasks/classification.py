@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_peft.errors import DataError
 from lightning_peft.training.checks import check_at_least
 from lightning_peft.training.module import PEFTModule
-from lightning_peft.training.tasks.pretrained import load_pretrained, tensors_to_read
+from lightning_peft.training.tasks.pretrained import check_dropout, load_pretrained, tensors_to_read
 
 
 class Prediction(TypedDict):
@@ -58,6 +58,7 @@ class TextClassifier(PEFTModule):
     ) -> None:
         super().__init__(lr, weight_decay, warmup, schedule)
         check_at_least("TextClassifier", 2, num_labels=num_labels)
+        check_dropout(type(self).__name__, dropout)
         self.save_hyperparameters()
         self.model: Any = load_pretrained(
             "AutoModelForSequenceClassification", model, "to classify texts with", dropout, num_labels=num_labels

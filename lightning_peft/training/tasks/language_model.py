@@ -15,7 +15,7 @@ from lightning_peft.training.adaptation import setup_of
 from lightning_peft.training.checks import check_at_least
 from lightning_peft.training.module import PEFTModule
 from lightning_peft.training.tasks.completions import Completion, completion_table, padded
-from lightning_peft.training.tasks.pretrained import checkpoint_layers, load_pretrained, load_tokenizer
+from lightning_peft.training.tasks.pretrained import check_dropout, checkpoint_layers, load_pretrained, load_tokenizer
 from lightning_peft.training.tasks.token_loss import (
     LossForm,
     chunked_cross_entropy,
@@ -74,6 +74,7 @@ class LanguageModel(PEFTModule):
         super().__init__(lr, weight_decay, warmup, schedule)
         check_at_least(type(self).__name__, 1, max_new_tokens=max_new_tokens)
         check_at_least(type(self).__name__, 0, samples=samples)
+        check_dropout(type(self).__name__, dropout)
         self.save_hyperparameters()
         self.max_new_tokens, self.samples = max_new_tokens, samples
         self.gradient_checkpointing = gradient_checkpointing

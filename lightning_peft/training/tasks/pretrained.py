@@ -21,10 +21,8 @@ def load_pretrained(auto_class: str, model: str, purpose: str, dropout: float | 
         options: for ``from_pretrained``.
 
     Raises:
-        ConfigError: there is no such model, or ``dropout`` is no probability that leaves something.
+        ConfigError: there is no such model.
     """
-    if dropout is not None and not 0 <= dropout < 1:
-        raise ConfigError(f"dropout={dropout} of the model {purpose} must be at least 0 and less than 1.")
     import transformers  # slow to import, and only needed here
 
     try:
@@ -82,6 +80,16 @@ def load_tokenizer(path: str, owner: str, purpose: str, remedy: str) -> Any:
 def tensors_to_read(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of ``batch`` that a model reads: all but the labels, and no texts."""
     return {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != "labels"}
+
+
+def check_dropout(owner: str, dropout: float | None) -> None:
+    """Raise unless ``dropout`` is a probability that leaves something, or None.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if dropout is not None and not 0 <= dropout < 1:
+        raise ConfigError(f"{owner}: dropout={dropout} must be at least 0 and less than 1.")
 
 
 def checkpoint_layers(model: Any) -> None:
