@@ -10,12 +10,12 @@ from rich.table import Table
 from lightning_peft.checkpoints.ckpt import METADATA_KEY, methods_in
 from lightning_peft.checkpoints.inspection import inspect_adapter
 from lightning_peft.checkpoints.save_load import load_adapter, save_adapter
-from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.errors import ConfigError
 from lightning_peft.injection.registry import registries
 from lightning_peft.merging.merge import merge
 from lightning_peft.network.pretrained import pretrained_models
 from lightning_peft.training.adaptation import adapted_class
-from lightning_peft.training.files import read_checkpoint
+from lightning_peft.training.files import read_adapter_checkpoint
 from lightning_peft.training.trainer import make_files_safe
 
 Data = L.LightningDataModule | None
@@ -70,9 +70,10 @@ class CommandTrainer(L.Trainer):
             model: the module that the checkpoint belongs to.
             ckpt_path: a ``.ckpt`` with an adapter.
             output: a directory for the transformers model (``save_pretrained``), or a ``.ckpt`` for the module.
-            dequantize: make the layers of a quantized model plain, which merging into them takes.
+            dequantize: True to make the layers of a quantized model plain, which merging into them takes.
             datamodule: not needed.
         """
+        # Asked before the checkpoint is read and merged, which takes minutes for a large model.
         networks = [network for _, network in pretrained_models(model)]
         if not output.endswith(".ckpt") and len(networks) != 1:
             raise ConfigError(
@@ -80,6 +81,7 @@ class CommandTrainer(L.Trainer):
                 "directory. Name a file that ends in .ckpt for a checkpoint of the whole module."
             )
         _load(model, ckpt_path)
+        # Lists: merging takes the adapters out of what is iterated.
         for _, owner, registry in list(registries(model)):
             for name in list(registry.attachments):
                 merge(owner, name, dequantize=dequantize)
@@ -122,11 +124,10 @@ def show_file(path: str) -> None:
     if Path(path).is_dir():
         rich.print(inspect_adapter(path))
         return
-    checkpoint = read_checkpoint(path)
-    if METADATA_KEY not in checkpoint:
-        raise CheckpointError(f"{path} holds no adapter; it looks like a full checkpoint.")
+    checkpoint = read_adapter_checkpoint(path)
     table = Table(title=path, title_justify="left", title_style="bold", show_header=False)
     for (place, name), method in methods_in(checkpoint[METADATA_KEY]).items():
+        # Most fields of a method are off (None, False, 0): only what acts is shown.
         told = {key: value for key, value in method.to_config().items() if value not in (None, False, [], {})}
         fields = ", ".join(f"{key}={value!r}" for key, value in told.items() if key != "method")
         table.add_row(f"Adapter '{name}'" + (f" on '{place}'" if place else ""), f"{told['method']}: {fields}")
@@ -139,9 +140,7 @@ def show_file(path: str) -> None:
 
 def _load(model: L.LightningModule, ckpt_path: str) -> None:
     """Attach and load the adapters of a checkpoint."""
-    checkpoint = read_checkpoint(ckpt_path)
-    if METADATA_KEY not in checkpoint:
-        raise CheckpointError(f"{ckpt_path} holds no adapter; it looks like a full checkpoint.")
+    checkpoint = read_adapter_checkpoint(ckpt_path)
     model.__class__ = adapted_class(type(model))
     model.on_load_checkpoint(checkpoint)
     model.load_state_dict(checkpoint["state_dict"])

@@ -88,6 +88,7 @@ class PEFTCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         given = sys.argv[1:] if args is None else args
+        # Known before LightningCLI's own __init__, which builds a parser for each subcommand.
         first = given[0] if isinstance(given, list) and given else None
         self._subcommand = first if first in self.subcommands() else None
         defaults: dict[str, Any] = {
@@ -172,6 +173,7 @@ def main(args: ArgsType = None) -> None:
     _hush()
     given = sys.argv[1:] if args is None else args
     try:
+        # Not through LightningCLI, which would ask for a model.
         if isinstance(given, list) and len(given) == 2 and given[0] == "inspect" and not given[1].startswith("-"):
             show_file(given[1])
         else:

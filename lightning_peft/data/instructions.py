@@ -1,13 +1,12 @@
 """Instructions and conversations with completions: from files or the hub to batches for a language model."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_peft.data.language_model import LanguageModelData
-from lightning_peft.data.module import require_choice
+from lightning_peft.data.module import Batching, require_choice
 from lightning_peft.data.sources.batches import PromptCollator
 from lightning_peft.data.sources.chat import Chat
 from lightning_peft.data.sources.conversations import FORMATS
@@ -42,31 +41,15 @@ class InstructionData(LanguageModelData):
     Splits, and the order of the training batches, are as in :class:`~lightning_peft.data.TextClassificationData`.
 
     Args:
-        tokenizer: Tokenizer of the model: a local folder or a name on the hub.
-        path: A data set on the hub, a local folder, or one csv, tsv, json, jsonl or parquet file with all rows.
-        name: Configuration of a hub data set.
-        train_file: File with the training rows, in place of ``path``.
-        validation_file: File with the validation rows.
-        test_file: File with the test rows.
-        predict_file: File with the prompts to complete.
+        args: ``tokenizer``, ``path``, … of :class:`~lightning_peft.data.module.RowsData`, by position.
         format: ``"messages"``, ``"prompt-completion"``, ``"alpaca"``, or ``"auto"``: by the columns of each row.
         prompt_column: Column of the prompt of ``"prompt-completion"``.
         completion_column: Column of its completion.
         system_prompt: A system turn for rows that have none.
         chat_template: In place of the tokenizer's: a Jinja template, a file of that kind (.jinja), or ``"plain"``.
-        train_on: What is learned: ``"completions"``, the ``"last"`` completion of a conversation, or ``"everything"``.
-        seq2seq: Whether the model is an encoder-decoder.
-        packing: Whether short training rows share a block of up to ``max_length`` tokens.
-        on_bad_row: ``"skip"``, or ``"error"`` to stop.
-        validation_split: If there are no validation rows: how many of the training rows to take, as a number of rows
-            (int) or a share in (0, 1) (float); 0 for none.
-        test_split: The same for test rows.
-        split_seed: Seed of these two and of the order of the training batches.
-        max_length: Rows are cut to this many tokens, special ones included (with ``seq2seq``: prompts and completions).
-        batch_size: Rows of a training batch (on each device); with ``packing``, blocks.
-        eval_batch_size: Rows of a batch in validate, test and predict; by default ``batch_size``.
-        bucket: Whether training batches hold rows of similar length, which saves padding; of no use with ``packing``.
-        num_workers: Processes that prepare batches; 0 for none besides the main one.
+        train_on: Tokens to learn: ``"completions"``, the ``"last"`` completion of a conversation, or ``"everything"``.
+        seq2seq: True if the model is an encoder-decoder; prompts and completions are then cut to ``max_length`` each.
+        kwargs: Options of ``RowsData`` and :class:`~lightning_peft.data.language_model.LanguageModelData`.
 
     Raises:
         ConfigError: If an argument has a value it cannot have.
@@ -75,13 +58,7 @@ class InstructionData(LanguageModelData):
 
     def __init__(
         self,
-        tokenizer: str,
-        path: str | None = None,
-        name: str | None = None,
-        train_file: str | None = None,
-        validation_file: str | None = None,
-        test_file: str | None = None,
-        predict_file: str | None = None,
+        *args: Any,
         format: str = "auto",
         prompt_column: str = "prompt",
         completion_column: str = "completion",
@@ -89,37 +66,14 @@ class InstructionData(LanguageModelData):
         chat_template: str | None = None,
         train_on: str = "completions",
         seq2seq: bool = False,
-        packing: bool = False,
-        on_bad_row: str = "skip",
-        validation_split: int | float = 0.1,
-        test_split: int | float = 0.1,
-        split_seed: int = 0,
-        max_length: int = 512,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        bucket: bool = True,
-        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            path=path,
-            name=name,
-            files={"train": train_file, "validation": validation_file, "test": test_file, "predict": predict_file},
-            validation_split=validation_split,
-            test_split=test_split,
-            split_seed=split_seed,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            bucket=bucket,
-            num_workers=num_workers,
-            packing=packing,
-            on_bad_row=on_bad_row,
-        )
+        super().__init__(*args, **kwargs)
         require_choice(FORMATS, format=format)
         require_choice(TRAIN_ON, train_on=train_on)
-        if seq2seq and (packing or train_on == "everything"):
-            option = "packing=True" if packing else "train_on='everything'"
+        # A decoder writes the completion alone, and no position_ids keep the rows apart that an encoder reads.
+        if seq2seq and (self.packing or train_on == "everything"):
+            option = "packing=True" if self.packing else "train_on='everything'"
             raise ConfigError(
                 f"{option} is for causal language models: an encoder-decoder (seq2seq=True) cannot do it."
             )
@@ -145,7 +99,7 @@ class InstructionData(LanguageModelData):
             prompts=split == "predict",
         )
 
-    def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
+    def _batching(self, split: str, predict: bool) -> Batching:
         if not predict:
             return super()._batching(split, predict)
         rows = self.splits[split]

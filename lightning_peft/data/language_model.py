@@ -1,29 +1,45 @@
 """What the data modules for language models share: bad rows and their report, and packing."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_peft.data.module import RowsData, require_choice
+from lightning_peft.data.module import Batching, RowsData, require_choice
 from lightning_peft.data.sources.batches import LanguageModelCollator, PackingCollator
 from lightning_peft.data.sources.loading import Source
 from lightning_peft.data.sources.packing import PackedRows, pack, padding_share
 from lightning_peft.data.sources.preparing import PrepareInstructions, PrepareTexts, prepare
 from lightning_peft.data.sources.records import RowReport, read_records
-from lightning_peft.data.sources.tokenizing import digest, find_pad_token_id, load_tokenizer, require_length
+from lightning_peft.data.sources.tokenizing import find_pad_token_id, load_tokenizer
 
 
 class LanguageModelData(RowsData):
     """Base of the data modules for language models. A subclass says in :meth:`_preparing` what becomes of a row.
 
+    Args:
+        args: ``tokenizer``, ``path``, … of :class:`~lightning_peft.data.module.RowsData`, by position.
+        packing: True if short training rows share a block of up to ``max_length`` tokens, without seeing each other.
+        on_bad_row: ``"skip"``, or ``"error"`` to stop.
+        max_length: Rows are cut to this many tokens, special ones included; blocks have as many.
+        batch_size: Rows of a training batch (on each device); with ``packing`` or ``join``, blocks.
+        kwargs: Options of ``RowsData``.
+
     Attributes:
         reports: What became of the rows of each file or split, once they are loaded.
     """
 
-    def __init__(self, *, packing: bool, on_bad_row: str, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(
+        self,
+        *args: Any,
+        packing: bool = False,
+        on_bad_row: str = "skip",
+        max_length: int = 512,
+        batch_size: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, max_length=max_length, batch_size=batch_size, **kwargs)
         require_choice(("skip", "error"), on_bad_row=on_bad_row)
         self.packing = packing
         self.on_bad_row = on_bad_row
@@ -36,10 +52,9 @@ class LanguageModelData(RowsData):
         """Return the function to map over the rows; ``fresh`` is the digest of the tokenizer as it was loaded."""
 
     def _load(self) -> dict[str, Any]:
-        tokenizer = load_tokenizer(self.tokenizer)
-        fresh = digest(tokenizer)
-        require_length(tokenizer, self.max_length, pair=False)
+        tokenizer, fresh = load_tokenizer(self.tokenizer, self.max_length)
         splits, reports = {}, {}
+        # Read row by row: Arrow would refuse a whole file for one row of another type.
         for split, source in self._sources(read_records).items():
             function = self._preparing(split, source, tokenizer, fresh)
             examples, report = prepare(source, function, f"Tokenizing {split}")
@@ -65,12 +80,11 @@ class LanguageModelData(RowsData):
     def _divide_train(self, train: Any, there: Sequence[str], origin: str) -> dict[str, Any]:
         """Divide by row, not by example: the several examples of one conversation stay together."""
         numbers = train["number"][:]
-        rows = {number: row for row, number in enumerate(dict.fromkeys(numbers))}
-        parts = self._divide(len(rows), there, origin)
-        split_of = {row: split for split, part in parts.items() for row in part}
+        rows = list(dict.fromkeys(numbers))
+        parts = {split: {rows[i] for i in part} for split, part in self._divide(len(rows), there, origin).items()}
         return {
-            split: train.select([i for i, number in enumerate(numbers) if split_of[rows[number]] == split])
-            for split in parts
+            split: train.select([i for i, number in enumerate(numbers) if number in part])
+            for split, part in parts.items()
         }
 
     def _pack(self, lengths: list[int]) -> list[list[int]]:
@@ -84,7 +98,7 @@ class LanguageModelData(RowsData):
         )
         return blocks
 
-    def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
+    def _batching(self, split: str, predict: bool) -> Batching:
         rows = self.splits[split]
         rows = rows.select_columns([column for column in ("input_ids", "labels") if column in rows.column_names])
         if self.packing and split == "train":

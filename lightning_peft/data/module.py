@@ -15,6 +15,9 @@ from lightning_peft.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from datasets import Dataset
 
+Batching = tuple[Any, Callable[[list[Any]], dict[str, Any]]]
+"""The data set that a loader indexes, and what makes a batch of its items."""
+
 # What the trainer needs for a stage: the splits of which one must be there, and how to get one.
 _NEEDED = {
     "fit": (("train",), "path or train_file"),
@@ -28,27 +31,51 @@ class RowsData(L.LightningDataModule, ABC):
     """Base of the data modules here: rows by split, read and tokenized once, then batches in a resumable order.
 
     A subclass says in :meth:`_load` what the rows are, and in :meth:`_batching` and :meth:`_lengths` what batches are
-    made of. Its own docstring explains the options.
+    made of.
+
+    Args:
+        tokenizer: Tokenizer of the model: a local folder or a name on the hub.
+        path: A data set on the hub, a local folder, or one file with all rows: csv, tsv, json, jsonl, parquet, or for
+            ``TextData`` txt, which is one text.
+        name: Configuration of a hub data set, for instance ``sst2`` of ``glue``.
+        train_file: File with the training rows, in place of ``path``.
+        validation_file: File with the validation rows.
+        test_file: File with the test rows.
+        predict_file: File with the rows to predict, or the prompts to complete.
+        validation_split: If there are no validation rows: how many of the training rows to take, as a number of rows
+            (int) or a share in (0, 1) (float); 0 for none.
+        test_split: The same for test rows.
+        split_seed: Seed of these two and of the order of the training batches.
+        max_length: Rows are cut to this many tokens, special ones included.
+        batch_size: Rows of a training batch (on each device).
+        eval_batch_size: Rows of a batch in validate, test and predict; by default ``batch_size``.
+        bucket: True if training batches hold rows of similar length, which saves padding; of no use to rows that are
+            joined or packed.
+        num_workers: Processes that prepare batches; 0 for none besides the main one.
 
     Raises:
         ConfigError: If an argument has a value it cannot have.
+        DataError: In ``prepare_data`` and ``setup``: if the data is not as described.
     """
 
     def __init__(
         self,
-        *,
         tokenizer: str,
-        path: str | None,
-        name: str | None,
-        files: dict[str, str | None],
-        validation_split: int | float,
-        test_split: int | float,
-        split_seed: int,
-        max_length: int,
-        batch_size: int,
-        eval_batch_size: int | None,
-        bucket: bool,
-        num_workers: int,
+        path: str | None = None,
+        name: str | None = None,
+        train_file: str | None = None,
+        validation_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        *,
+        validation_split: int | float = 0.1,
+        test_split: int | float = 0.1,
+        split_seed: int = 0,
+        max_length: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        bucket: bool = True,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         require_at_least(1, max_length=max_length, batch_size=batch_size)
@@ -57,15 +84,15 @@ class RowsData(L.LightningDataModule, ABC):
             require_at_least(1, eval_batch_size=eval_batch_size)
         _require_split("validation_split", validation_split)
         _require_split("test_split", test_split)
-        if path is not None and files["train"] is not None:
-            train_file = files["train"]
+        if path is not None and train_file is not None:
             raise ConfigError(f"path={path!r} and train_file={train_file!r} both hold training rows: give one of them.")
-        if path is None and not any(files.values()):
+        self.files = {"train": train_file, "validation": validation_file, "test": test_file, "predict": predict_file}
+        # Any file will do: a run that tests or predicts needs no training rows.
+        if path is None and not any(self.files.values()):
             raise ConfigError("There is no data: give path, or train_file (or test_file or predict_file alone).")
         self.tokenizer = tokenizer
         self.path = path
         self.name = name
-        self.files = files
         self.validation_split = validation_split
         self.test_split = test_split
         self.split_seed = split_seed
@@ -78,7 +105,7 @@ class RowsData(L.LightningDataModule, ABC):
 
     @property
     def splits(self) -> "dict[str, Dataset]":
-        """The tokenized rows by split: those of train, validation, test, predict that there are."""
+        """The tokenized rows of each split there is: train, validation, test, predict."""
         if self._splits is None:
             raise DataError("The data is not loaded yet: call prepare_data() or setup() first.")
         return self._splits
@@ -88,7 +115,7 @@ class RowsData(L.LightningDataModule, ABC):
         self._load_once()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load what is not loaded yet, and check that the stage has rows.
+        """Load the data unless it is loaded, and check that the stage has rows.
 
         Args:
             stage: ``"fit"``, ``"validate"``, ``"test"``, ``"predict"``, or None for whatever there is.
@@ -118,26 +145,23 @@ class RowsData(L.LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader:
         """Return the validation batches."""
-        self._require_stage("validate")
-        return self._eval_loader("validation")
+        return self._eval_loader("validate")
 
     def test_dataloader(self) -> DataLoader:
         """Return the test batches."""
-        self._require_stage("test")
         return self._eval_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Return batches of ``predict_file``, else of the test rows, with their texts."""
-        self._require_stage("predict")
-        return self._eval_loader("predict" if "predict" in self.splits else "test", predict=True)
+        return self._eval_loader("predict")
 
     @abstractmethod
     def _load(self) -> "dict[str, Dataset]":
         """Return the tokenized rows by split."""
 
     @abstractmethod
-    def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
-        """Return the data set that a loader indexes, and what makes a batch of its items."""
+    def _batching(self, split: str, predict: bool) -> Batching:
+        """Return the rows of ``split`` for a loader, and what makes batches of them."""
 
     def _lengths(self) -> Sequence[int] | None:
         """Return the length of each training row for batches of similar length, or None for batches at random."""
@@ -168,8 +192,9 @@ class RowsData(L.LightningDataModule, ABC):
             raise DataError(f"{stage}: there are no {splits[0]} rows: give {remedy}.")
         return found
 
-    def _eval_loader(self, split: str, predict: bool = False) -> DataLoader:
-        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **self._loader_options(split, predict))
+    def _eval_loader(self, stage: str) -> DataLoader:
+        options = self._loader_options(self._require_stage(stage), predict=stage == "predict")
+        return DataLoader(batch_size=self.eval_batch_size or self.batch_size, **options)
 
     def _loader_options(self, split: str, predict: bool = False) -> dict[str, Any]:
         rows, collate = self._batching(split, predict)

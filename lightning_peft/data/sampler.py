@@ -66,7 +66,7 @@ class LengthBucketBatchSampler(BatchSampler):
         sampler: The rows in random order, for instance an :class:`EpochRandomSampler`. If it has an ``epoch``, the
             order of the batches depends on that too.
         batch_size: Rows in a batch, at least 1.
-        drop_last: Whether to leave out an incomplete last batch.
+        drop_last: True to leave out an incomplete last batch.
         lengths: The length of each row of the data set, by index.
         seed: With the epoch, all that the order of the batches depends on.
         window: Batches that are sorted together, at least 1. More means less padding and less randomness.
@@ -107,6 +107,7 @@ class LengthBucketBatchSampler(BatchSampler):
             batches = [rows[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
             if tail and not self.drop_last:
                 batches.append(tail)
+            # The seed knows no rank: all ranks meet long batches at the same step, and none waits.
             for index in torch.randperm(len(batches), generator=generator).tolist():
                 yield batches[index]
 

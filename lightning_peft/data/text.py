@@ -1,9 +1,10 @@
 """Plain text: from files or the hub to batches for a causal language model that learns every token."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_peft.data.language_model import LanguageModelData
+from lightning_peft.data.module import Batching
 from lightning_peft.data.sources.batches import LanguageModelCollator
 from lightning_peft.data.sources.blocks import TokenBlocks
 from lightning_peft.data.sources.loading import Source, require_columns
@@ -30,74 +31,27 @@ class TextData(LanguageModelData):
     ``join`` it is blocks that are divided and shuffled. There is nothing to predict.
 
     Args:
-        tokenizer: Tokenizer of the model: a local folder or a name on the hub.
-        path: A data set on the hub, a local folder, or one txt, csv, tsv, json, jsonl or parquet file with all texts.
-        name: Configuration of a hub data set.
-        train_file: File with the training texts, in place of ``path``. A txt file is one text.
-        validation_file: File with the validation texts.
-        test_file: File with the test texts.
+        args: ``tokenizer``, ``path``, … of :class:`~lightning_peft.data.module.RowsData`, by position.
         text_column: Column of the text.
-        join: Whether texts are joined, with the end token between them, and cut in blocks.
-        packing: Whether short training texts share a block, without seeing each other.
-        on_bad_row: ``"skip"``, or ``"error"`` to stop.
-        validation_split: If there are no validation rows: how many of the training rows to take, as a number of rows
-            (int) or a share in (0, 1) (float); 0 for none. With ``join``: of the blocks.
-        test_split: The same for test rows.
-        split_seed: Seed of these two and of the order of the training batches.
-        max_length: Tokens of a block; without ``join``, texts are cut to it.
-        batch_size: Rows of a training batch (on each device): blocks, or texts.
-        eval_batch_size: Rows of a batch in validate and test; by default ``batch_size``.
-        bucket: Whether training batches hold texts of similar length; of no use with ``join`` or ``packing``.
-        num_workers: Processes that prepare batches; 0 for none besides the main one.
+        join: True if texts are joined, with the end token between them, and cut in blocks.
+        kwargs: Options of ``RowsData``, but for ``predict_file``, and of
+            :class:`~lightning_peft.data.language_model.LanguageModelData`.
 
     Raises:
         ConfigError: If an argument has a value it cannot have.
         DataError: In ``prepare_data`` and ``setup``: if the data is not as described.
     """
 
-    def __init__(
-        self,
-        tokenizer: str,
-        path: str | None = None,
-        name: str | None = None,
-        train_file: str | None = None,
-        validation_file: str | None = None,
-        test_file: str | None = None,
-        text_column: str = "text",
-        join: bool = True,
-        packing: bool = False,
-        on_bad_row: str = "skip",
-        validation_split: int | float = 0.1,
-        test_split: int | float = 0.1,
-        split_seed: int = 0,
-        max_length: int = 512,
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        bucket: bool = True,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            path=path,
-            name=name,
-            files={"train": train_file, "validation": validation_file, "test": test_file},
-            validation_split=validation_split,
-            test_split=test_split,
-            split_seed=split_seed,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            bucket=bucket,
-            num_workers=num_workers,
-            packing=packing,
-            on_bad_row=on_bad_row,
-        )
-        if join and packing:
+    def __init__(self, *args: Any, text_column: str = "text", join: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, predict_file=None, **kwargs)  # given here, it is no option of the command
+        if join and self.packing:
             raise ConfigError(
                 "packing=True keeps texts whole and apart, join=True joins and cuts them: set join=False."
             )
-        if max_length < 2:
-            raise ConfigError(f"max_length={max_length!r} must be at least 2: a token is predicted from one before it.")
+        if self.max_length < 2:
+            raise ConfigError(
+                f"max_length={self.max_length!r} must be at least 2: a token is predicted from one before it."
+            )
         self.text_column = text_column
         self.join = join
 
@@ -120,7 +74,7 @@ class TextData(LanguageModelData):
         parts = self._divide(len(train), there, f"{origin}, in blocks of {self.max_length} tokens,")
         return {split: train.select(blocks) for split, blocks in parts.items()}
 
-    def _batching(self, split: str, predict: bool) -> tuple[Any, Callable[[list[Any]], dict[str, Any]]]:
+    def _batching(self, split: str, predict: bool) -> Batching:
         if self.join:
             return self.splits[split], LanguageModelCollator(pad_token_id=self._pad_token_id)
         return super()._batching(split, predict)

@@ -5,14 +5,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_peft.data.module import RowsData
 from lightning_peft.data.sources.labels import find_label_ids, infer_label_names, is_unlabelled
 from lightning_peft.data.sources.loading import Source, require_columns, require_text
-from lightning_peft.data.sources.tokenizing import (
-    PaddingCollator,
-    Tokenize,
-    digest,
-    load_tokenizer,
-    make_collator,
-    require_length,
-)
+from lightning_peft.data.sources.tokenizing import PaddingCollator, Tokenize, find_pad_token_id, load_tokenizer
 from lightning_peft.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -33,31 +26,17 @@ class TextClassificationData(RowsData):
 
     A split that is in the data is used as it is. Else it is taken from the training rows, at random by ``split_seed``.
     The texts "NA" and "null" in a csv file are texts; an empty text or label is an error. Integer labels 0 .. k-1 are
-    the class indices; other labels are numbered in sorted order, or in that of ``label_names``. A hub data set's test
-    split with labels withheld (-1) serves for predict only.
+    the class indices; other labels are numbered in sorted order, or in the order of ``label_names``. A hub data set's
+    test split with labels withheld (-1) serves for predict only.
 
     Args:
-        tokenizer: Tokenizer of the model: a local folder or a name on the hub.
-        path: A data set on the hub, a local folder, or one csv, tsv, json, jsonl or parquet file with all rows.
-        name: Configuration of a hub data set, for instance ``sst2`` of ``glue``.
-        train_file: File with the training rows, in place of ``path``.
-        validation_file: File with the validation rows.
-        test_file: File with the test rows.
-        predict_file: File with the rows to predict.
+        args: ``tokenizer``, ``path``, … of :class:`~lightning_peft.data.module.RowsData`, by position.
         text_column: Column of the text.
         text_pair_column: Column of a second text, for tasks on pairs.
         label_column: Column of the label: text or integers.
         label_names: All labels, in the order of their indices. By default the names of the data set's ``ClassLabel``
             column, else the sorted distinct labels of the training rows.
-        validation_split: If there are no validation rows: how many of the training rows to take, as a number of rows
-            (int) or a share in (0, 1) (float); 0 for none.
-        test_split: The same for test rows.
-        split_seed: Seed of these two and of the order of the training batches.
-        max_length: Texts are cut to this many tokens, special ones included.
-        batch_size: Rows of a training batch (on each device).
-        eval_batch_size: Rows of a batch in validate, test and predict; by default ``batch_size``.
-        bucket: Whether training batches hold texts of similar length, which saves padding.
-        num_workers: Processes that prepare batches; 0 for none besides the main one.
+        kwargs: Options of ``RowsData``.
 
     Raises:
         ConfigError: If an argument has a value it cannot have.
@@ -66,40 +45,14 @@ class TextClassificationData(RowsData):
 
     def __init__(
         self,
-        tokenizer: str,
-        path: str | None = None,
-        name: str | None = None,
-        train_file: str | None = None,
-        validation_file: str | None = None,
-        test_file: str | None = None,
-        predict_file: str | None = None,
+        *args: Any,
         text_column: str = "text",
         text_pair_column: str | None = None,
         label_column: str = "label",
         label_names: list[str] | None = None,
-        validation_split: int | float = 0.1,
-        test_split: int | float = 0.1,
-        split_seed: int = 0,
-        max_length: int = 128,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        bucket: bool = True,
-        num_workers: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            path=path,
-            name=name,
-            files={"train": train_file, "validation": validation_file, "test": test_file, "predict": predict_file},
-            validation_split=validation_split,
-            test_split=test_split,
-            split_seed=split_seed,
-            max_length=max_length,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            bucket=bucket,
-            num_workers=num_workers,
-        )
+        super().__init__(*args, **kwargs)
         if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
             raise ConfigError(f"label_names={label_names!r} must be at least two different names.")
         self.text_column = text_column
@@ -136,13 +89,16 @@ class TextClassificationData(RowsData):
             )
 
     def _load(self) -> "dict[str, Dataset]":
-        tokenizer = load_tokenizer(self.tokenizer)
-        fresh = digest(tokenizer)
-        require_length(tokenizer, self.max_length, pair=self.text_pair_column is not None)
-        collate = make_collator(tokenizer)
+        tokenizer, fresh = load_tokenizer(self.tokenizer, self.max_length, pair=self.text_pair_column is not None)
+        collate = PaddingCollator(
+            pad_token_id=find_pad_token_id(tokenizer),
+            pad_token_type_id=tokenizer.pad_token_type_id,
+            padding_side=tokenizer.padding_side,
+        )
         sources = self._sources()
+        columns = {"text_column": self.text_column, "text_pair_column": self.text_pair_column}
+        # Whatever can be wrong with the rows is found before any are tokenized, which may take minutes.
         for split, source in sources.items():
-            columns = {"text_column": self.text_column, "text_pair_column": self.text_pair_column}
             require_columns(source, columns | ({} if split == "predict" else {"label_column": self.label_column}))
             for option, column in columns.items():
                 if column is not None:
@@ -171,9 +127,14 @@ class TextClassificationData(RowsData):
     def _tokenize(
         self, split: str, rows: "Dataset", tokenizer: Any, fresh: str, ids: dict[Any, int] | None
     ) -> "Dataset":
-        label_column = None if ids is None else self.label_column
         tokenize = Tokenize(
-            tokenizer, fresh, self.max_length, self.text_column, self.text_pair_column, label_column, ids
+            tokenizer,
+            fresh,
+            max_length=self.max_length,
+            text_column=self.text_column,
+            text_pair_column=self.text_pair_column,
+            label_column=self.label_column,
+            label_ids=ids,
         )
         return rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc=f"Tokenizing {split}")
 

@@ -34,7 +34,7 @@ _SETUP = "_peft_setup"
 
 @dataclass
 class AdapterSetup:
-    """What is to become of a module; several PEFTCallbacks share one."""
+    """The adapters and options that wait for a module's network; several PEFTCallbacks share one."""
 
     methods: dict[str, Method | None] = field(default_factory=dict)
     """What to inject, by the adapter's name; None for the method of the file that it starts from."""
@@ -187,7 +187,7 @@ def prepare_module(
 
 
 def setup_of(module: nn.Module) -> AdapterSetup:
-    """What is to become of ``module``."""
+    """The setup that waits for ``module``; an empty one is made if there is none."""
     return module.__dict__.setdefault(_SETUP, AdapterSetup())
 
 

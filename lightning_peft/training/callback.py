@@ -27,11 +27,11 @@ class PEFTCallback(L.Callback):
     Args:
         method: what to inject, such as ``LoRA(r=8)``. None, with no ``init_from``, trains the whole model.
         name: the adapter's name. Several callbacks with different names train several adapters together.
-        show: print the report (injected, trained and frozen parts) before training starts.
+        show: True to print the report (injected, trained and frozen parts) before training starts.
         checkpoint: what a ``.ckpt`` holds: ``"adapter"`` alone; ``"merged"``, a full checkpoint with the original keys,
             for use without this library (training cannot be resumed from it); or ``"full"``, base and adapter.
         frozen_mode: the mode of the frozen base while training: ``"train"`` leaves its dropout as the module has it,
-            ``"eval"`` turns it off. Normalisation layers with running statistics are in eval in both.
+            ``"eval"`` turns it off. Normalization layers with running statistics are in eval in both.
         base_weights: a full checkpoint, state dict or ``.safetensors`` file of the module, loaded before injection.
         init_from: an adapter directory, or a ``.ckpt`` with an adapter, to go on from on a new task. Leave ``method``
             None to take the one it was trained with; another one is an error.
@@ -73,6 +73,7 @@ class PEFTCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if not self._adapts:
             return
+        # Now, before setup() or configure_model() build the network; it is asked again when adapters are attached.
         check_trainer(trainer)
         for other in _peft_callbacks(trainer):
             if other is not self and other.name == self.name:

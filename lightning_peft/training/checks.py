@@ -1,4 +1,4 @@
-"""What is checked while a module with adapters trains, before time is lost."""
+"""Checks of a module with adapters that trains, before time is lost."""
 
 from collections.abc import Collection, Iterable, Iterator
 from functools import partial
@@ -9,10 +9,21 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoints.ckpt import adapter_keys
-from lightning_peft.errors import GradientError, OptimizerError, PEFTError
+from lightning_peft.errors import ConfigError, GradientError, OptimizerError, PEFTError
 from lightning_peft.injection.registry import registries
 from lightning_peft.injection.slots import owner_of
 from lightning_peft.network.walk import CHILD, join
+
+
+def check_at_least(owner: str, least: int, **options: int) -> None:
+    """Raise if an option of ``owner``, a class, is below ``least``.
+
+    Raises:
+        ConfigError: one is.
+    """
+    for name, value in options.items():
+        if value < least:
+            raise ConfigError(f"{owner}: {name}={value} must be at least {least}.")
 
 
 def check_still_there(module: nn.Module) -> None:
@@ -91,10 +102,10 @@ class GradientWatch:
         _raise_if_any(self.missing)
 
     def check_stepped(self) -> bool:
-        """The same for the parameters of optimizers that have made a step; other optimizers have their turn to come.
+        """Check the parameters of optimizers that have made a step; other optimizers have their turn to come.
 
         Returns:
-            Whether nothing is left to watch.
+            True if nothing is left to watch.
 
         Raises:
             GradientError: a parameter was stepped and has had no gradient.

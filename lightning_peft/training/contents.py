@@ -31,9 +31,9 @@ def check_content(module: nn.Module, content: Content) -> None:
 def keep_content(module: nn.Module, checkpoint: dict[str, Any], content: Content) -> None:
     """Reduce a checkpoint of Lightning to what was chosen.
 
-    ``"adapter"``: tensors of adapters, wherever the checkpoint holds a state of the module (that of callbacks which
-    average weights included). ``"full"``: the base as well. ``"merged"``: a full checkpoint of the module as it is
-    without adapters, with nothing of the training that made it.
+    ``"adapter"``: tensors of adapters, wherever the checkpoint holds a state of the module (also in the state of
+    callbacks which average weights). ``"full"``: the base as well. ``"merged"``: a full checkpoint of the module as it
+    is without adapters, with nothing of the training that made it.
     """
     if content == "merged":
         checkpoint["state_dict"] = _merged_state(module, checkpoint["state_dict"])

@@ -8,9 +8,9 @@ from lightning_peft.checkpoints.ckpt import METADATA_KEY, prepare_metadata
 from lightning_peft.checkpoints.directory import read_directory
 from lightning_peft.checkpoints.save_load import prepare
 from lightning_peft.core.method import Method
-from lightning_peft.errors import CheckpointError, ConfigError
+from lightning_peft.errors import ConfigError
 from lightning_peft.injection.inject import attach
-from lightning_peft.training.files import read_checkpoint
+from lightning_peft.training.files import read_adapter_checkpoint
 
 
 def continue_adapter(module: nn.Module, path: str | Path, name: str, method: Method | None = None) -> None:
@@ -29,10 +29,9 @@ def continue_adapter(module: nn.Module, path: str | Path, name: str, method: Met
     if Path(path).is_dir():
         injection = prepare(module, read_directory(path), name)
     else:
-        checkpoint = read_checkpoint(path)
-        if METADATA_KEY not in checkpoint:
-            raise CheckpointError(f"{path} holds no adapter; it looks like a full checkpoint: see base_weights.")
+        checkpoint = read_adapter_checkpoint(path, ": see base_weights")
         injection = prepare_metadata(module, checkpoint[METADATA_KEY], checkpoint["state_dict"], name)
+    # Before anything is attached: after an error the module is as it was.
     if method is not None and injection.method.to_config() != method.to_config():
         raise ConfigError(
             f"init_from={str(path)!r} is an adapter of {injection.method}, and PEFTCallback asks for {method}. Leave "

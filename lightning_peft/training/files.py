@@ -1,6 +1,7 @@
 """Reading and writing ``.ckpt`` files: a bad one is this library's error, and a killed process leaves no half one."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,16 +48,30 @@ def read_checkpoint(path: str | Path | IO[bytes]) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such file, it is damaged, or no Lightning checkpoint.
     """
+    opened = fsspec.open(str(path), "rb") if isinstance(path, (str, Path)) else nullcontext(path)
     try:
-        if isinstance(path, (str, Path)):
-            with fsspec.open(str(path), "rb") as file:
-                checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            path.seek(0)
+        with opened as file:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            file.seek(0)  # Lightning reads a caller's open file once more
     except Exception as error:
         raise _unreadable(path, error) from error
     return _checked(path, checkpoint)
+
+
+def read_adapter_checkpoint(path: str | Path | IO[bytes], remedy: str = "") -> dict[str, Any]:
+    """Read a ``.ckpt`` that must hold an adapter, as :func:`read_checkpoint` does.
+
+    Args:
+        path: its path, or an open file.
+        remedy: what to do with a full checkpoint, for the message.
+
+    Raises:
+        CheckpointError: it holds no adapter, or cannot be read.
+    """
+    checkpoint = read_checkpoint(path)
+    if METADATA_KEY not in checkpoint:
+        raise CheckpointError(f"{path} holds no adapter; it looks like a full checkpoint{remedy}.")
+    return checkpoint
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -68,6 +83,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
+        # Not read_checkpoint: what torch.save made of a state dict is no Lightning checkpoint.
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)

@@ -12,13 +12,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.table import Table
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.injection.activation import active_adapters, disabled
 from lightning_peft.injection.modes import in_eval
 from lightning_peft.network.pretrained import pretrained_models
+from lightning_peft.training.checks import check_at_least
+from lightning_peft.training.tasks.completions import padded
+from lightning_peft.training.tasks.pretrained import load_tokenizer
 from lightning_peft.training.tasks.token_loss import (
     IGNORED,
     LossForm,
@@ -71,16 +73,9 @@ class ForgettingMonitor(L.Callback):
         batch_size: int = 4,
     ) -> None:
         super().__init__()
-        least = {"every_n_steps": 0, "max_batches": 0, "max_length": 2, "batch_size": 1}
-        given = {
-            "every_n_steps": every_n_steps,
-            "max_batches": max_batches,
-            "max_length": max_length,
-            "batch_size": batch_size,
-        }
-        for name, value in given.items():
-            if value < least[name]:
-                raise ConfigError(f"ForgettingMonitor: {name}={value} must be at least {least[name]}.")
+        check_at_least("ForgettingMonitor", 0, every_n_steps=every_n_steps, max_batches=max_batches)
+        check_at_least("ForgettingMonitor", 1, batch_size=batch_size)
+        check_at_least("ForgettingMonitor", 2, max_length=max_length)  # the first token is not scored
         if isinstance(data, str):
             raise ConfigError(f"ForgettingMonitor needs a list of texts or a data module, not the one text {data!r}.")
         self.data, self.every_n_steps, self.max_batches = data, every_n_steps, max_batches
@@ -101,9 +96,7 @@ class ForgettingMonitor(L.Callback):
 
     @override
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        values = self._measure(trainer, pl_module)
-        for logger in trainer.loggers:  # the module's own log would take it for a part of the first epoch
-            logger.log_metrics(values, step=trainer.global_step)
+        self._log_outside_epochs(trainer, pl_module)
 
     @override
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
@@ -119,23 +112,21 @@ class ForgettingMonitor(L.Callback):
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self.scores[-1].step:
-            values = self._measure(trainer, pl_module)
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+            self._log_outside_epochs(trainer, pl_module)
         rank_zero_only(rich.print)(forgetting_table(self.scores))
+
+    def _log_outside_epochs(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        values = self._measure(trainer, pl_module)
+        for logger in trainer.loggers:  # the module's own log would take it for a part of an epoch
+            logger.log_metrics(values, step=trainer.global_step)
 
     def _measure(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, float]:
         values = {"general_perplexity": self._perplexity(trainer, pl_module)}
         if active_adapters(pl_module):
             with disabled(pl_module):
                 values["general_base_perplexity"] = self._perplexity(trainer, pl_module)
-        self.scores.append(
-            GeneralScore(
-                step=trainer.global_step,
-                perplexity=values["general_perplexity"],
-                base_perplexity=values.get("general_base_perplexity"),
-            )
-        )
+        perplexity, base = values["general_perplexity"], values.get("general_base_perplexity")
+        self.scores.append(GeneralScore(step=trainer.global_step, perplexity=perplexity, base_perplexity=base))
         return values
 
     @torch.no_grad()
@@ -157,25 +148,16 @@ class ForgettingMonitor(L.Callback):
         return self._tokenize(list(self.data))
 
     def _tokenize(self, texts: list[str]) -> list[dict[str, Tensor]]:
-        from transformers import AutoTokenizer  # slow to import
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(self._model.name_or_path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"ForgettingMonitor finds no tokenizer at {self._model.name_or_path!r} to read its texts with. Put one "
-                "beside the model (save_pretrained), or give a data module (TextData)."
-            ) from error
+        purpose, remedy = "to read its texts with", "or give a data module (TextData)"
+        tokenizer = load_tokenizer(self._model.name_or_path, "ForgettingMonitor", purpose, remedy)
+        # Padded here: a tokenizer without a padding token, as GPT-2's, refuses to do so.
         rows = [torch.tensor(tokenizer(text)["input_ids"][: self.max_length]) for text in texts]
-        batches = (rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size))
-        return [
-            {
-                "input_ids": pad_sequence(batch, batch_first=True),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in batch], batch_first=True),
-                "labels": pad_sequence(batch, batch_first=True, padding_value=IGNORED),
-            }
-            for batch in batches
-        ]
+        batches = []
+        for start in range(0, len(rows), self.batch_size):
+            ids, mask = padded(rows[start : start + self.batch_size])
+            labels = ids.masked_fill(mask == 0, IGNORED)
+            batches.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        return batches
 
 
 def forgetting_table(scores: Sequence[GeneralScore]) -> Table:

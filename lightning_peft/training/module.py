@@ -19,7 +19,7 @@ from lightning_peft.errors import CheckpointError, ConfigError, PEFTError
 from lightning_peft.merging.merge import merge
 from lightning_peft.training.adaptation import adapted_class
 from lightning_peft.training.base_weights import load_base_weights
-from lightning_peft.training.files import read_checkpoint
+from lightning_peft.training.files import read_adapter_checkpoint, read_checkpoint
 
 ModuleT = TypeVar("ModuleT", bound=L.LightningModule)
 
@@ -80,6 +80,7 @@ class PEFTModule(L.LightningModule):
             {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr)
+        # A constant rate needs no number of steps, which a run without an end does not have.
         if self.schedule == "constant" and not self.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
@@ -129,11 +130,7 @@ def load_from_checkpoint(
         BaseMismatchError: the base is not the one the adapter was trained on.
         CheckpointError: the file cannot be read, holds no adapter, or does not fit.
     """
-    checkpoint = read_checkpoint(ckpt_path)
-    if METADATA_KEY not in checkpoint:
-        raise CheckpointError(
-            f"{ckpt_path} holds no adapter; it looks like a full checkpoint: use {cls.__name__}.load_from_checkpoint."
-        )
+    checkpoint = read_adapter_checkpoint(ckpt_path, f": use {cls.__name__}.load_from_checkpoint")
     with _building(cls, ckpt_path):
         module = _without_adapters(cls, checkpoint, kwargs)
     if not any(True for _ in module.parameters()):

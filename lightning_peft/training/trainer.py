@@ -16,7 +16,7 @@ def check_trainer(trainer: L.Trainer) -> None:
     """Raise if adapters cannot be trained right under this Trainer.
 
     Raises:
-        ConfigError: a callback freezes and unfreezes layers, as the adapters' own mechanism does, or normalisation
+        ConfigError: a callback freezes and unfreezes layers, as the adapters' own mechanism does, or normalization
             layers are to be replaced.
         NotApplicableError: the strategy shards parameters.
     """
@@ -29,7 +29,7 @@ def check_trainer(trainer: L.Trainer) -> None:
         )
     if getattr(strategy, "_layer_sync", None):
         raise ConfigError(
-            "Trainer(sync_batchnorm=True) replaces normalisation layers after adapters were attached, and takes off "
+            "Trainer(sync_batchnorm=True) replaces normalization layers after adapters were attached, and takes off "
             "what keeps the frozen ones in eval. Leave it out: frozen statistics are the same in every process."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
@@ -50,7 +50,7 @@ def check_comes_back(trainer: L.Trainer) -> None:
         NotApplicableError: no checkpoint would hold them either.
     """
     if not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) or trainer.state.fn != TrainerFn.FITTING:
-        return
+        return  # strategies that start scripts run fit in the caller's process, too
     what = (
         f"Under Trainer(strategy={type(trainer.strategy).__name__}) that starts its processes with "
         f"{trainer.strategy.launcher._start_method!r}, the adapters that PEFTCallback attaches stay in these: after "

@@ -1,7 +1,6 @@
 """From rows of token ids to batches for language models. At module level and without a tokenizer: they pickle."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,31 +10,38 @@ from torch.nn.utils.rnn import pad_sequence
 HIDDEN = -100  # the label of a token that is not learned, as torch's and transformers' losses have it
 
 
+def pad(rows: list[Tensor], value: int, side: str = "right") -> Tensor:
+    """Return ``rows``, each (tokens,), filled up with ``value`` at ``side``: (rows, longest)."""
+    return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+
+
+def pad_ids(ids: list[Tensor], pad_token_id: int, side: str = "right") -> dict[str, Any]:
+    """Return ``input_ids`` and ``attention_mask`` (rows, longest) of rows of token ids, each (tokens,)."""
+    # The mask is made from the lengths: the id that pads may be the end token, which is a part of texts.
+    mask = [torch.ones_like(row) for row in ids]
+    return {"input_ids": pad(ids, pad_token_id, side), "attention_mask": pad(mask, 0, side)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelCollator:
     """Pad rows on the right to the longest of the batch.
 
     Attributes:
-        pad_token_id: What ``input_ids`` are filled up with. Nothing is recognised by it: it may be the end token.
+        pad_token_id: What ``input_ids`` are filled up with.
     """
 
     pad_token_id: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``attention_mask`` and ``labels`` (rows, longest); all is learned in rows without."""
-        pad = partial(pad_sequence, batch_first=True)
         ids = [torch.as_tensor(row["input_ids"]).long() for row in rows]
         labels = [torch.as_tensor(row.get("labels", row["input_ids"])).long() for row in rows]
-        return {
-            "input_ids": pad(ids, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
-            "labels": pad(labels, padding_value=HIDDEN),
-        }
+        return pad_ids(ids, self.pad_token_id) | {"labels": pad(labels, HIDDEN)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptCollator:
-    """Take the prompts of rows, padded so that what is generated follows each directly.
+    """Take the prompts of rows, padded so that the generated text follows each directly.
 
     Attributes:
         pad_token_id: What ``input_ids`` are filled up with.
@@ -47,12 +53,8 @@ class PromptCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return ``input_ids`` and ``attention_mask``, and ``prompt`` (and ``completion``), lists of str."""
-        pad = partial(pad_sequence, batch_first=True, padding_side=self.padding_side)
         ids = [torch.tensor(row["input_ids"][: row["prompt_length"]]) for row in rows]
-        batch: dict[str, Any] = {
-            "input_ids": pad(ids, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
-        }
+        batch = pad_ids(ids, self.pad_token_id, self.padding_side)
         return batch | {key: [row[key] for row in rows] for key in ("prompt", "completion") if key in rows[0]}
 
 
@@ -69,13 +71,13 @@ class PackingCollator:
     def __call__(self, blocks: list[list[dict[str, Any]]]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``position_ids`` and ``labels`` (blocks, longest)."""
         ids, positions, labels = map(list, zip(*map(_lay, blocks), strict=True))
-        padded = pad_sequence(positions, batch_first=True, padding_value=-1)
+        padded = pad(positions, -1)
         # The padding counts from 0 as well: to the model it is one more row.
         beginning = (padded == -1).long().cumsum(-1) - 1
         return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
+            "input_ids": pad(ids, self.pad_token_id),
             "position_ids": torch.where(padded == -1, beginning, padded),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=HIDDEN),
+            "labels": pad(labels, HIDDEN),
         }
 
 

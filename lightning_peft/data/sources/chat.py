@@ -8,6 +8,7 @@ for any template whose second text begins with the first; another is refused.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from lightning_peft.data.sources.conversations import Conversation, Turn
@@ -30,7 +31,7 @@ PLAIN_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """A piece of a text, and whether the model must learn to write it."""
+    """A piece of a text; ``learned`` is True if the model must learn to write it."""
 
     text: str
     learned: bool
@@ -133,7 +134,7 @@ class Chat:
         Args:
             conversation: The conversation.
             turn: Index of the completion.
-            encoder: Whether an encoder reads it: the plain template then adds nothing at its ends.
+            encoder: True if an encoder reads it: the plain template then adds nothing at its ends.
 
         Raises:
             BadRowError: If the template refuses the conversation.
@@ -153,10 +154,11 @@ class Chat:
 def encode(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[list[Segment]]) -> list[list[tuple[list[int], bool]]]:
     """Return the token ids of each text's segments.
 
-    The ids up to any border are those of the text up to there: that is what the model reads before it generates. Where
+    The ids up to any border are the ids of the text up to there, which the model reads before it generates. Where
     a token would reach over the border in the longer text, the next segment is therefore encoded by itself.
     """
-    beginnings = [_grown(segments) for segments in texts]
+    beginnings = [list(accumulate(segment.text for segment in segments)) for segments in texts]
+    # In one call, which fast tokenizers spread over the cores.
     encoded = iter(_ids(tokenizer, [text for grown in beginnings for text in grown]))
     rows = []
     for segments in texts:
@@ -194,8 +196,3 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", texts: list[str]) -> list[list[in
     if not texts:
         return []
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def _grown(segments: list[Segment]) -> list[str]:
-    text = ""
-    return [text := text + segment.text for segment in segments]

@@ -13,7 +13,7 @@ Each may have a text ``system``.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_peft.data.sources.records import BadRowError, require_text
@@ -46,7 +46,7 @@ class Conversation:
     Attributes:
         turns: The turns.
         first: Index from which on assistant turns are completions; those before it belong to a given prompt.
-        verbatim: Whether prompt and completion are texts that join as they are.
+        verbatim: True if prompt and completion are texts that join as they are.
     """
 
     turns: tuple[Turn, ...]
@@ -75,7 +75,7 @@ def read_conversation(
         prompt_column: Column of the prompt of ``"prompt-completion"``.
         completion_column: Column of its completion.
         system_prompt: Text of the system turn where the row has none.
-        answered: Whether the row must end with a completion.
+        answered: True if the row must end with a completion.
 
     Raises:
         BadRowError: If it has no prompt or completion, is not text, or the roles are in a wrong order.
@@ -83,6 +83,7 @@ def read_conversation(
     if layout == "auto":
         layout = _find_layout(row, prompt_column)
     if layout == "messages":
+        # Not `in`: a file with columns gives each row all of them, with None where there is nothing.
         column = "messages" if row.get("messages") is not None else "conversations"
         conversation = Conversation(turns=_read_messages(row.get(column), column))
     elif layout == "alpaca":
@@ -98,8 +99,7 @@ def read_conversation(
     system = row.get("system") or system_prompt
     if system is not None and conversation.turns[0].role != "system":
         turn = Turn(role="system", content=require_text(system, "system", "not text"))
-        first, verbatim = conversation.first + 1, conversation.verbatim
-        conversation = Conversation(turns=(turn, *conversation.turns), first=first, verbatim=verbatim)
+        conversation = replace(conversation, turns=(turn, *conversation.turns), first=conversation.first + 1)
     _require_order(conversation.turns, answered)
     return conversation
 
@@ -111,7 +111,7 @@ def _find_layout(row: Mapping[str, Any], prompt_column: str) -> str:
     if there:
         return there[0]
     empty = [layout for column, layout in columns.items() if column in row]
-    if empty:  # the reader of that layout then says what is empty
+    if empty:  # the reader of that layout then names the empty column
         return empty[0]
     raise BadRowError("of no known layout", f"has {', '.join(map(repr, row)) or 'nothing'}, none of {list(columns)}")
 
@@ -139,6 +139,7 @@ def _read_messages(messages: Any, column: str) -> tuple[Turn, ...]:
         role = _ROLES.get(given) if isinstance(given, str) else None
         if role is None:
             raise BadRowError("of an unknown role", f"{given!r} is none of {', '.join(_ROLES)}")
+        # Not `or`: an empty content is to be reported, where a key that Arrow filled in with None is not.
         content = message["content"] if message.get("content") is not None else message.get("value")
         missing = "no completion" if role == "assistant" else "no prompt"
         turns.append(Turn(role=role, content=require_text(content, f"{column}[{number}]", missing)))

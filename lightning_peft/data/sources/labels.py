@@ -45,6 +45,7 @@ def find_label_ids(source: Source, column: str, names: list[str]) -> dict[Any, i
     values = _label_values(source, column)
     class_label = _class_label(source, column)
     index = {name: position for position, name in enumerate(names)}
+    # Not isinstance: booleans are integers to it, but their names are "False" and "True".
     if class_label is None and all(type(value) is int for value in values) and not all(map(_is_number, names)):
         ids = {value: value for value in values if 0 <= value < len(names)}
     else:
@@ -63,7 +64,7 @@ def find_label_ids(source: Source, column: str, names: list[str]) -> dict[Any, i
 
 
 def is_unlabelled(source: Source, column: str) -> bool:
-    """Say whether these are the test rows of a hub data set that withholds the labels (a ``ClassLabel``, all -1)."""
+    """True if these are the test rows of a hub data set that withholds the labels (a ``ClassLabel``, all -1)."""
     return _class_label(source, column) is not None and set(source.rows.unique(column)) <= {-1, None}
 
 
@@ -80,6 +81,7 @@ def _label_values(source: Source, column: str) -> list[Any]:
     feature = source.rows.features[column]
     dtype = getattr(feature, "dtype", type(feature).__name__)
     is_label = dtype in ("string", "large_string", "bool") or dtype.startswith(("int", "uint"))
+    # A column of integers with a gap is read as floats, an empty one as null: then the gap is reported, below.
     if not is_label and dtype != "null" and not dtype.startswith("float"):
         raise DataError(f"{where} is of type {dtype}. Labels must be text or integers, one a row, all of one type.")
     values = source.rows.unique(column)

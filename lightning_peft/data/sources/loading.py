@@ -8,6 +8,7 @@ import glob
 import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ class Source:
 
 
 def looks_local(path: str) -> bool:
-    """Say whether ``path`` can only be meant as a path, since no name on the hub looks like that."""
+    """True if ``path`` can only be meant as a path, since no name on the hub looks like that."""
     return (
         path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or Path(path).suffix.lower() in READERS
     )
@@ -113,7 +114,7 @@ def read_path(path: str, name: str | None = None, read: Callable[[str, str], Sou
         read: What reads a file, given its path and the option that named it.
 
     Returns:
-        Those of ``train``, ``validation``, ``test`` that are there; ``train`` always is.
+        Rows by split: ``train``, and ``validation`` and ``test`` if they are there.
 
     Raises:
         DataError: If it cannot be read or has no ``train`` split.
@@ -128,6 +129,7 @@ def read_path(path: str, name: str | None = None, read: Callable[[str, str], Sou
         return {"train": read(path, "path")}
     try:
         if any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json")):
+            # What save_to_disk wrote: load_dataset refuses it.
             found = load_from_disk(str(folder))
         else:
             found = load_dataset(str(folder) if folder.is_dir() else path, name)
@@ -219,19 +221,20 @@ def divide(rows: int, validation: int | float, test: int | float, seed: int, ori
     # Python promises that random() gives the same numbers for a seed for ever; of shuffle() it does not promise that.
     generator = random.Random(seed)
     keys = [generator.random() for _ in range(rows)]
-    order = sorted(range(rows), key=keys.__getitem__)
-    parts, start = {}, 0
-    for split, count in (*counts.items(), ("train", train)):
-        if count:
-            parts[split] = sorted(order[start : start + count])
-        start += count
-    return parts
+    shuffled = iter(sorted(range(rows), key=keys.__getitem__))
+    parts = {split: sorted(islice(shuffled, count)) for split, count in (counts | {"train": train}).items()}
+    return {split: part for split, part in parts.items() if part}
 
 
 def first_rows(rows: list[int]) -> str:
     """Name the first few rows: ``"rows 3, 7, 12 and 5 more (counted from 0)"``."""
-    more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:3]))}{more} (counted from 0)"
+    return f"{first_few('row', rows)} (counted from 0)"
+
+
+def first_few(unit: str, numbers: list[int]) -> str:
+    """Name the first few of what has ``numbers``: ``"lines 3, 7, 12 and 5 more"``."""
+    more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+    return f"{unit}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:3]))}{more}"
 
 
 def _require_rows(source: Source) -> Source:

@@ -1,5 +1,7 @@
 """The functions that ``datasets`` maps over rows and caches: from a row to token ids, or to why it cannot be used."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +37,8 @@ class PrepareInstructions:
         reading: Arguments of :func:`~lightning_peft.data.sources.conversations.read_conversation`.
         train_on: ``"completions"``, ``"last"`` or ``"everything"``.
         max_length: Longer rows are cut at their end.
-        seq2seq: Whether the labels are the last completion alone, and the input what comes before it.
-        prompts: Whether to make prompts alone.
+        seq2seq: True if the labels are the last completion alone, and the input is the text before it.
+        prompts: True to make prompts alone.
     """
 
     chat: Chat
@@ -60,22 +62,17 @@ class PrepareInstructions:
         examples: list[dict[str, Any]] = []
         read: list[tuple[int, Conversation, int, list[Segment]]] = []
         for number, row in parse(rows, [index + self.first for index in indices]):
-            try:
+            with _listed_if_bad(examples, number, self.columns):
                 conversation = read_conversation(_good(row), **self.reading, answered=not self.prompts)
                 read += [(number, conversation, *text) for text in self._segment(conversation)]
-            except BadRowError as error:
-                examples.append(_bad(number, error, self.columns))
         texts = [segments for *_, segments in read]
         encoded = encode_pairs(self.chat, texts) if self.seq2seq else encode(self.chat.tokenizer, texts)
         for (number, conversation, turn, _), pieces in zip(read, encoded, strict=True):
-            try:
+            with _listed_if_bad(examples, number, self.columns):
                 example = self._finish_pair(pieces) if self.seq2seq else self._finish(pieces)
-            except BadRowError as error:
-                examples.append(_bad(number, error, self.columns))
-                continue
-            spoken = [said.content for said in conversation.turns]
-            shown = {"prompt": spoken[turn - 1], "completion": spoken[turn] if turn < len(spoken) else ""}
-            examples.append(example | shown | {"number": number, "reason": "", "message": ""})
+                spoken = [said.content for said in conversation.turns]
+                shown = {"prompt": spoken[turn - 1], "completion": spoken[turn] if turn < len(spoken) else ""}
+                examples.append(example | shown | {"number": number, "reason": "", "message": ""})
         _forgive(examples)
         examples.sort(key=lambda example: example["number"])  # stable: the examples of a row keep their order
         return {column: [example[column] for example in examples] for column in self.columns}
@@ -95,6 +92,7 @@ class PrepareInstructions:
     def _finish(self, pieces: list[tuple[list[int], bool]]) -> dict[str, Any]:
         ids = [token for tokens, _ in pieces for token in tokens]
         labels = [token if learned else HIDDEN for tokens, learned in pieces for token in tokens]
+        # Up to the completion even where everything is learned: a row that is cut before it shows none.
         first = next((position for position, label in enumerate(labels) if label != HIDDEN), len(ids))
         if first + (not self.prompts) > self.max_length:
             raise BadRowError("too long", f"its prompt alone has {first} tokens, and max_length={self.max_length}")
@@ -149,16 +147,15 @@ class PrepareTexts:
         examples: list[dict[str, Any]] = []
         texts: list[str] = []
         for number, row in parse(rows, [index + self.first for index in indices]):
-            try:
+            with _listed_if_bad(examples, number, self.columns):
                 texts.append(require_text(_good(row).get(self.text_column), self.text_column, "no text"))
                 examples.append({"number": number, "reason": "", "message": ""})
-            except BadRowError as error:
-                examples.append(_bad(number, error, self.columns))
         encoded = iter(self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else [])
         eos = self.tokenizer.eos_token_id
         for example in examples:
             if not example["reason"]:
                 ids = next(encoded)
+                # Some tokenizers end every text by themselves.
                 ids = ids if ids[-1:] == [eos] else [*ids, eos]
                 kept = ids[: self.max_length]
                 example |= {"input_ids": kept, "length": len(kept), "cut": len(kept) < len(ids)}
@@ -171,6 +168,7 @@ def prepare(
     """Map one of the functions here over rows; return all its examples, and what became of the rows."""
     from datasets import Features, List, Value
 
+    # The types are stated: in a first batch of bad rows alone, Arrow would find no type for the empty lists.
     types = {
         column: List(Value("int32")) if kind == "int32s" else Value(kind) for column, kind in function.columns.items()
     }
@@ -207,9 +205,14 @@ def _good(row: Any) -> dict[str, Any]:
     return row
 
 
-def _bad(number: int, error: BadRowError, columns: dict[str, str]) -> dict[str, Any]:
-    empty = {column: _EMPTY[kind] for column, kind in columns.items() if kind in _EMPTY}
-    return empty | {"number": number, "reason": error.reason, "message": str(error)}
+@contextmanager
+def _listed_if_bad(examples: list[dict[str, Any]], number: int, columns: dict[str, str]) -> Iterator[None]:
+    """Within the ``with`` block, add an example without ids if the row turns out to be bad."""
+    try:
+        yield
+    except BadRowError as error:
+        empty = {column: _EMPTY[kind] for column, kind in columns.items() if kind in _EMPTY}
+        examples.append(empty | {"number": number, "reason": error.reason, "message": str(error)})
 
 
 def _forgive(examples: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.data.sources.loading import READERS, Source, load_file, read_file, require_file
+from lightning_peft.data.sources.loading import READERS, Source, first_few, load_file, read_file, require_file
 from lightning_peft.errors import DataError
 
 # The only column of rows that are still JSON. Arrow would refuse a whole file for one row of another type.
@@ -40,6 +40,7 @@ def read_records(file: str, option: str) -> Source:
     kind = path.suffix.lower()
     if kind == ".txt":
         return load_file(file, option, "text", sample_by="document")
+    # A .json file is one array or, as `datasets` has it too, one object a line.
     if kind == ".json" and (listed := _read_list(path, file, option)) is not None:
         from datasets import Dataset
 
@@ -64,6 +65,7 @@ def parse(rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> Iterator
             yield number, {column: values[position] for column, values in rows.items()}
         return
     for number, line in zip(numbers, rows[_JSON], strict=True):
+        # Some editors begin a file with a byte order mark, which is no JSON.
         text = line.removeprefix("\ufeff").strip()
         if not text:
             continue
@@ -76,7 +78,7 @@ def parse(rows: Mapping[str, Sequence[Any]], numbers: Sequence[int]) -> Iterator
 
 
 def has_columns(source: Source) -> bool:
-    """Say whether all rows have the same columns, which rows of JSON need not have."""
+    """True if all rows have the same columns, which rows of JSON need not have."""
     return source.rows.column_names != [_JSON]
 
 
@@ -99,7 +101,7 @@ class RowReport:
 
     Attributes:
         origin: Where they came from.
-        lines: Whether numbers are lines of a file, counted from 1, and not rows, counted from 0.
+        lines: True if numbers are lines of a file, counted from 1, and not rows, counted from 0.
         rows: How many there are.
         bad: Numbers of the rows that are left out, by reason.
         examples: The first bad row's own message, by reason.
@@ -141,34 +143,27 @@ class RowReport:
             raise DataError(f"{self.origin}: {self._bad()} {remedy}")
 
     def _bad(self) -> str:
-        return f"{self.rows - self.used} of {self.rows} rows cannot be used: {self._reasons()}."
-
-    def _reasons(self) -> str:
-        ordered = sorted(self.bad, key=lambda reason: -len(self.bad[reason]))
-        return "; ".join(f"{len(self.bad[r])} {self.examples[r]} ({self._where(self.bad[r])})" for r in ordered)
+        ordered = sorted(self.bad.items(), key=lambda item: -len(item[1]))
+        reasons = (f"{len(rows)} {self.examples[reason]} ({self._where(rows)})" for reason, rows in ordered)
+        return f"{self.rows - self.used} of {self.rows} rows cannot be used: {'; '.join(reasons)}."
 
     def _where(self, numbers: list[int]) -> str:
-        more = f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
-        unit = "line" if self.lines else "row"
-        counted = "" if self.lines else ", counted from 0"
-        return f"{unit}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:3]))}{more}{counted}"
+        return first_few("line", numbers) if self.lines else f"{first_few('row', numbers)}, counted from 0"
 
 
 def _read_list(path: Path, file: str, option: str) -> list[Any] | None:
     """Return the rows of a file that is one JSON array, or None: then there is one object a line."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        if path.read_text(encoding="utf-8-sig").lstrip().startswith("["):
-            raise DataError(f"{option}: {file!r} cannot be read as json: {error}") from error
-        return None
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
     except (OSError, ValueError) as error:
+        # Several objects are no document of JSON either; only what begins as an array was meant as one.
+        if isinstance(error, json.JSONDecodeError) and not text.lstrip().startswith("["):
+            return None
         raise DataError(f"{option}: {file!r} cannot be read as json: {error}") from error
-    if isinstance(content, list) and content:
-        return content
-    if isinstance(content, list):
+    if content == []:
         raise DataError(f"{option} {file!r} has no rows.")
-    return None
+    return content if isinstance(content, list) else None
 
 
 def _kind(value: Any) -> str:

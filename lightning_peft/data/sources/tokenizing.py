@@ -1,13 +1,12 @@
 """From texts to padded batches: the tokenizer, the function that ``datasets`` maps and caches, the collate function."""
 
 import hashlib
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
+from lightning_peft.data.sources.batches import pad, pad_ids
 from lightning_peft.data.sources.loading import looks_local, require_path
 from lightning_peft.errors import ConfigError, DataError
 
@@ -15,28 +14,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """Load a tokenizer by path or hub name.
+def load_tokenizer(name: str, max_length: int, pair: bool = False) -> "tuple[PreTrainedTokenizerBase, str]":
+    """Load a tokenizer by path or hub name; return it with its :func:`digest` as it was loaded.
+
+    Args:
+        name: The path or the name.
+        max_length: Tokens of a row, which must leave room for text and be no more than the model takes.
+        pair: True if a row holds two texts.
 
     Raises:
         DataError: If it is not there or cannot be loaded.
+        ConfigError: If ``max_length`` does not fit.
     """
     from transformers import AutoTokenizer
 
     path = str(require_path(name, "tokenizer")) if looks_local(name) else name
     try:
-        return AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    # Not only OSError: of a broken file the library in Rust raises a bare Exception.
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise DataError(f"tokenizer: cannot load {name!r}: {reason}") from error
-
-
-def require_length(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair: bool) -> None:
-    """Check that ``max_length`` leaves room for text and is not more than the model takes.
-
-    Raises:
-        ConfigError: If it does not fit.
-    """
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if max_length <= special:
         raise ConfigError(f"max_length={max_length} leaves no room for text: {special} tokens are special ones.")
@@ -45,47 +43,40 @@ def require_length(tokenizer: "PreTrainedTokenizerBase", max_length: int, pair: 
             f"max_length={max_length} is more than the {tokenizer.model_max_length} tokens that the model of "
             f"tokenizer {tokenizer.name_or_path!r} takes. Make it smaller."
         )
+    return tokenizer, digest(tokenizer)
 
 
+@dataclass
 class Tokenize:
     """The function to map over the rows, in batches.
 
     ``datasets`` names its cache file after a hash of this object's pickle. A tokenizer is not the same after its first
     call (it keeps the truncation settings), so the pickle holds a digest in its place, taken before that call.
 
-    Args:
+    Attributes:
         tokenizer: The tokenizer.
         digest: Its :func:`digest` as freshly loaded.
         max_length: Longer texts are cut to this many tokens.
         text_column: The column of the text.
         text_pair_column: The column of the second text, if any.
-        label_column: The column of the label, or None for rows without.
-        label_ids: Class index by value of that column.
+        label_column: The column of the label.
+        label_ids: Class index by value of that column, or None for rows without labels.
     """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    digest: str
+    _: KW_ONLY
+    max_length: int
+    text_column: str
+    text_pair_column: str | None
+    label_column: str
+    label_ids: dict[Any, int] | None
 
     version = 1  # in the hash: raise it when the output changes
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        digest: str,
-        max_length: int,
-        text_column: str,
-        text_pair_column: str | None = None,
-        label_column: str | None = None,
-        label_ids: dict[Any, int] | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.digest = digest
-        self.max_length = max_length
-        self.text_column = text_column
-        self.text_pair_column = text_pair_column
-        self.label_column = label_column
-        self.label_ids = label_ids or {}
-
     def __getstate__(self) -> dict[str, Any]:
         # Sorted, since the order in which labels first appear changes nothing.
-        ids = sorted(self.label_ids.items(), key=repr)
+        ids = None if self.label_ids is None else sorted(self.label_ids.items(), key=repr)
         return self.__dict__ | {"tokenizer": None, "label_ids": ids, "version": self.version}
 
     def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -97,7 +88,7 @@ class Tokenize:
         output |= {"length": [len(ids) for ids in encoded["input_ids"]], "text": texts}
         if pairs is not None:
             output["text_pair"] = pairs
-        if self.label_column is not None:
+        if self.label_ids is not None:
             output["labels"] = [self.label_ids[label] for label in rows[self.label_column]]
         return output
 
@@ -126,31 +117,13 @@ class PaddingCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Return ``input_ids``, ``attention_mask``, and of ``token_type_ids``, ``labels``, texts what the rows have."""
-        pad = partial(pad_sequence, batch_first=True, padding_side=self.padding_side)
-        ids = [torch.tensor(row["input_ids"]) for row in rows]
-        batch: dict[str, Any] = {
-            "input_ids": pad(ids, padding_value=self.pad_token_id),  # (rows, longest)
-            "attention_mask": pad([torch.ones_like(row) for row in ids], padding_value=0),
-        }
+        batch = pad_ids([torch.tensor(row["input_ids"]) for row in rows], self.pad_token_id, self.padding_side)
         if "token_type_ids" in rows[0]:
             types = [torch.tensor(row["token_type_ids"]) for row in rows]
-            batch["token_type_ids"] = pad(types, padding_value=self.pad_token_type_id)
+            batch["token_type_ids"] = pad(types, self.pad_token_type_id, self.padding_side)
         if "labels" in rows[0]:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])  # (rows,)
         return batch | {key: [row[key] for row in rows] for key in ("text", "text_pair") if key in rows[0]}
-
-
-def make_collator(tokenizer: "PreTrainedTokenizerBase") -> PaddingCollator:
-    """Return the collate function for a tokenizer.
-
-    Raises:
-        ConfigError: If it has no token to pad with.
-    """
-    return PaddingCollator(
-        pad_token_id=find_pad_token_id(tokenizer),
-        pad_token_type_id=tokenizer.pad_token_type_id,
-        padding_side=tokenizer.padding_side,
-    )
 
 
 def find_pad_token_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -10,6 +10,7 @@ from lightning_peft.errors import DataError, NotApplicableError
 from lightning_peft.injection.modes import in_eval
 from lightning_peft.training.tasks.completions import labelled_span
 from lightning_peft.training.tasks.language_model import LanguageModel, check_whole_rows
+from lightning_peft.training.tasks.pretrained import tensors_to_read
 from lightning_peft.training.tasks.token_loss import next_tokens, without_first
 
 
@@ -25,11 +26,11 @@ class CausalLM(LanguageModel):
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     shifted: ClassVar[bool] = True
     padding_side: ClassVar[Literal["left", "right"]] = "left"
-    _apart: bool | None = None  # whether packed texts do not see each other, once that is known
+    _apart: bool | None = None  # True if packed texts do not see each other; None until it is known
 
     @override
     def read(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != "labels"}
+        inputs = tensors_to_read(batch)
         positions = inputs.get("position_ids")
         if positions is not None:
             check_whole_rows(self, positions)

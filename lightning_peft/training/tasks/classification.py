@@ -11,9 +11,10 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix, MulticlassF1Score
 from typing_extensions import override
 
-from lightning_peft.errors import ConfigError, DataError
+from lightning_peft.errors import DataError
+from lightning_peft.training.checks import check_at_least
 from lightning_peft.training.module import PEFTModule
-from lightning_peft.training.tasks.pretrained import check_dropout, load_pretrained, set_dropout
+from lightning_peft.training.tasks.pretrained import check_dropout, load_pretrained, tensors_to_read
 
 
 class Prediction(TypedDict):
@@ -56,16 +57,15 @@ class TextClassifier(PEFTModule):
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
     ) -> None:
         super().__init__(lr, weight_decay, warmup, schedule)
-        if num_labels < 2:
-            raise ConfigError(f"TextClassifier: num_labels={num_labels} must be at least 2.")
+        check_at_least("TextClassifier", 2, num_labels=num_labels)
         check_dropout(type(self).__name__, dropout)
         self.save_hyperparameters()
         self.model: Any = load_pretrained(
-            "AutoModelForSequenceClassification", model, "to classify texts with", num_labels=num_labels
+            "AutoModelForSequenceClassification", model, "to classify texts with", dropout, num_labels=num_labels
         )
-        set_dropout(self.model, dropout)
         scores = MetricCollection(
             {
+                # Micro is the share of all rows; macro, the default of torchmetrics, is the mean over classes.
                 "accuracy": MulticlassAccuracy(num_labels, average="micro"),
                 "f1": MulticlassF1Score(num_labels, average="macro"),
             }
@@ -104,7 +104,7 @@ class TextClassifier(PEFTModule):
         self.model.config.label2id = {name: i for i, name in enumerate(names)}
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits (rows, labels) of tokenised texts (rows, tokens)."""
+        """Logits (rows, labels) of tokenized texts (rows, tokens)."""
         logits: Tensor = self.model(**inputs).logits
         return logits
 
@@ -116,18 +116,11 @@ class TextClassifier(PEFTModule):
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, logits = self._loss(batch)
-        self.val_scores.update(logits, batch["labels"])
-        self.log("val_loss", loss, batch_size=len(logits))
-        self.log_dict(self.val_scores, prog_bar=True, batch_size=len(logits))
+        self._score(batch, "val", self.val_scores)
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        loss, logits = self._loss(batch)
-        self.test_scores.update(logits, batch["labels"])
-        self.confusion.update(logits, batch["labels"])
-        self.log("test_loss", loss, batch_size=len(logits))
-        self.log_dict(self.test_scores, batch_size=len(logits))
+        self.confusion.update(self._score(batch, "test", self.test_scores), batch["labels"])
 
     @override
     def on_test_epoch_end(self) -> None:
@@ -136,18 +129,23 @@ class TextClassifier(PEFTModule):
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Prediction]:
-        texts = batch.pop("text")
-        batch = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != "labels"}
-        probabilities, labels = self(**batch).float().softmax(-1).max(-1)
+        probabilities, labels = self(**tensors_to_read(batch)).float().softmax(-1).max(-1)
         return [
             Prediction(text=text, label=self.label_names[label], probability=probability)
-            for text, label, probability in zip(texts, labels.tolist(), probabilities.tolist(), strict=True)
+            for text, label, probability in zip(batch["text"], labels.tolist(), probabilities.tolist(), strict=True)
         ]
 
+    def _score(self, batch: dict[str, Tensor], stage: str, scores: MetricCollection) -> Tensor:
+        """Log loss and scores of a batch; return its logits (rows, labels)."""
+        loss, logits = self._loss(batch)
+        scores.update(logits, batch["labels"])
+        self.log(f"{stage}_loss", loss, batch_size=len(logits))
+        self.log_dict(scores, prog_bar=stage == "val", batch_size=len(logits))
+        return logits
+
     def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        labels = batch["labels"]
-        logits = self(**{key: value for key, value in batch.items() if key != "labels"})
-        return torch.nn.functional.cross_entropy(logits.float(), labels), logits
+        logits = self(**tensors_to_read(batch))
+        return torch.nn.functional.cross_entropy(logits.float(), batch["labels"]), logits
 
 
 def confusion_table(counts: Tensor, names: list[str]) -> Table:

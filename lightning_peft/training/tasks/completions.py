@@ -1,10 +1,13 @@
 """Texts that a language model has gone on with, as rows and on the screen."""
 
-from typing import NotRequired, TypedDict
+from collections.abc import Sequence
+from typing import Literal, NotRequired, TypedDict
 
+import torch
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_peft.training.tasks.token_loss import IGNORED
 
@@ -28,6 +31,15 @@ def completion_table(rows: list[Completion], title: str = "Samples") -> Table:
         # As Text: square brackets are no markup there.
         table.add_row(*(Text(text) for text in (row["prompt"], row.get("expected", ""), row["completion"])))
     return table
+
+
+def padded(rows: Sequence[Tensor], value: int = 0, side: Literal["left", "right"] = "right") -> tuple[Tensor, Tensor]:
+    """``rows`` of token ids, each (tokens,), filled up with ``value``, and their mask: both (rows, longest)."""
+    ids, mask = (
+        pad_sequence(list(parts), batch_first=True, padding_value=filling, padding_side=side)
+        for parts, filling in ((rows, value), ([torch.ones_like(row) for row in rows], 0))
+    )
+    return ids, mask
 
 
 def labelled_span(labels: Tensor) -> tuple[int, int]:

@@ -4,19 +4,18 @@ from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 import rich
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from typing_extensions import override
 
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.injection.registry import registries
 from lightning_peft.network.walk import join
 from lightning_peft.training.adaptation import setup_of
+from lightning_peft.training.checks import check_at_least
 from lightning_peft.training.module import PEFTModule
-from lightning_peft.training.tasks.completions import Completion, completion_table
-from lightning_peft.training.tasks.pretrained import check_dropout, checkpoint_layers, load_pretrained, set_dropout
+from lightning_peft.training.tasks.completions import Completion, completion_table, padded
+from lightning_peft.training.tasks.pretrained import check_dropout, checkpoint_layers, load_pretrained, load_tokenizer
 from lightning_peft.training.tasks.token_loss import (
     LossForm,
     chunked_cross_entropy,
@@ -38,8 +37,8 @@ class LanguageModel(PEFTModule):
         model: name or path of the pretrained model.
         dropout: probability of the model's own dropout layers, at least 0 and less than 1; None leaves it as it was
             pretrained.
-        gradient_checkpointing: compute every layer again in the backward and keep no activations inside of it:
-            a third more time, and much less memory for long texts.
+        gradient_checkpointing: True to compute every layer again in the backward and keep no activations inside of
+            it: a third more time, and much less memory for long texts.
         max_new_tokens: how many tokens to write at most, at least 1.
         samples: how many texts to write at the end of a validation, at least 0.
         lr: peak learning rate, greater than 0.
@@ -73,15 +72,13 @@ class LanguageModel(PEFTModule):
         schedule: Literal["constant", "linear", "cosine"] = "cosine",
     ) -> None:
         super().__init__(lr, weight_decay, warmup, schedule)
-        for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("samples", samples, 0)):
-            if value < least:
-                raise ConfigError(f"{type(self).__name__}: {name}={value} must be at least {least}.")
+        check_at_least(type(self).__name__, 1, max_new_tokens=max_new_tokens)
+        check_at_least(type(self).__name__, 0, samples=samples)
         check_dropout(type(self).__name__, dropout)
         self.save_hyperparameters()
         self.max_new_tokens, self.samples = max_new_tokens, samples
         self.gradient_checkpointing = gradient_checkpointing
-        self.model: Any = load_pretrained(self.auto_class, model, "to write texts with")
-        set_dropout(self.model, dropout)
+        self.model: Any = load_pretrained(self.auto_class, model, "to write texts with", dropout)
         if gradient_checkpointing:
             checkpoint_layers(self.model)
         self.val_scores, self.test_scores = TokenScores(), TokenScores()
@@ -99,10 +96,10 @@ class LanguageModel(PEFTModule):
 
     @abstractmethod
     def written(self, sequences: Tensor, prompt: Tensor) -> Tensor:
-        """What is new in ``sequences`` (rows, tokens) that were generated from ``prompt``."""
+        """The new tokens of ``sequences`` (rows, tokens) that were generated from ``prompt`` (rows, fewer tokens)."""
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Logits (rows, tokens, vocabulary) of tokenised texts (rows, tokens)."""
+        """Logits (rows, tokens, vocabulary) of tokenized texts (rows, tokens)."""
         logits: Tensor = self.model(**inputs).logits
         return logits
 
@@ -166,7 +163,12 @@ class LanguageModel(PEFTModule):
         return rows
 
     def write(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
-        """What the model goes on with, always by its most probable token, behind each row of ``input_ids``."""
+        """What the model goes on with, always by its most probable token, behind each row.
+
+        Args:
+            input_ids: (rows, tokens).
+            attention_mask: the same shape; 0 in the padding.
+        """
         sequences = self.model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -176,7 +178,7 @@ class LanguageModel(PEFTModule):
             use_cache=True,
             eos_token_id=self._ends(),
             pad_token_id=self._padding(),
-            # Those of a hub model's own settings only matter where tokens are drawn, and are complained about.
+            # A hub model's own settings only matter where tokens are drawn, and transformers warns of them.
             **dict.fromkeys(("temperature", "top_p", "top_k")),
         )
         texts: list[str] = self._tokenizer.batch_decode(self.written(sequences, input_ids), skip_special_tokens=True)
@@ -201,10 +203,7 @@ class LanguageModel(PEFTModule):
 
     def _complete(self, examples: list[tuple[Tensor, Tensor]]) -> list[Completion]:
         prompts, expected = zip(*examples, strict=True)
-        ids, mask = (
-            pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side=self.padding_side)
-            for rows, value in ((prompts, self._padding()), ([torch.ones_like(row) for row in prompts], 0))
-        )
+        ids, mask = padded(prompts, self._padding(), self.padding_side)
         texts = [self._tokenizer.batch_decode(list(rows), skip_special_tokens=True) for rows in (prompts, expected)]
         return [
             Completion(prompt=prompt, completion=completion, expected=goal)
@@ -221,29 +220,25 @@ class LanguageModel(PEFTModule):
         return list(dict.fromkeys(token for token in ends if token is not None))
 
     def _find_tokenizer(self) -> Any:
-        """That of the data, which may be named by a path; else the one beside the model.
+        """The tokenizer of the data, which may be named by a path; else the one beside the model.
 
         Raises:
             ConfigError: there is none.
         """
-        from transformers import AutoTokenizer
-
         found = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if hasattr(found, "batch_decode"):
             return found
+        remedy = "give the data module one as its attribute `tokenizer`, or, to train without, set samples=0"
         path = self.model.name_or_path if found is None else found
-        try:
-            return AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{type(self).__name__} has no tokenizer to show texts with: {path!r} has none. Put one beside the "
-                "model (save_pretrained), give the data module one as its attribute `tokenizer`, or, to train without, "
-                "set samples=0."
-            ) from error
+        return load_tokenizer(path, type(self).__name__, "to show texts with", remedy)
 
 
 def check_whole_rows(module: nn.Module, position_ids: Tensor) -> None:
     """Raise if rows hold several texts, as ``position_ids`` tell, and an acting adapter takes a row for one.
+
+    Args:
+        module: the module with the adapters.
+        position_ids: (rows, tokens), from 0 in each text.
 
     Raises:
         NotApplicableError: it does.

@@ -7,6 +7,7 @@ from torchmetrics.text import ROUGEScore
 from typing_extensions import override
 
 from lightning_peft.training.tasks.language_model import LanguageModel
+from lightning_peft.training.tasks.pretrained import tensors_to_read
 from lightning_peft.training.tasks.token_loss import IGNORED
 
 _ROUGE = ("rouge1", "rouge2", "rougeL")  # rougeLsum would need sentences, and nltk's data for them
@@ -33,7 +34,7 @@ class Seq2SeqLM(LanguageModel):
     @override
     def read(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         labels = batch["labels"]
-        inputs = {key: value for key, value in batch.items() if isinstance(value, Tensor) and key != "labels"}
+        inputs = tensors_to_read(batch)
         inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels)
         return inputs, labels, labels
 

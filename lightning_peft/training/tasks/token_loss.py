@@ -1,7 +1,7 @@
 """The loss of a language model without its logits, which would be the largest tensor of a step by far.
 
 The model runs as it is, but its head hands the hidden states on, so whatever surrounds the head (virtual tokens cut
-away, for one) happens to these. Then the head is run on a few tokens at a time, and only on those that have a label.
+away, for one) happens to these. Then the head is run on a few tokens at a time, and only on tokens that have a label.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,8 +21,8 @@ _PARTS = 16  # at most a sixteenth of the logits is there at a time,
 _LEAST = 64  # but not for fewer tokens than this: reading the head's weight would take longer than using it
 
 LossForm = Literal["chunks", "logits", "own"]
-"""The cross-entropy of what the head puts out, computed in chunks; that of the logits, which are something else; or the
-model's own loss, which is more than that."""
+"""How to compute the loss. ``"chunks"``: as the cross-entropy of the head's output, a chunk at a time; ``"logits"``: as
+the cross-entropy of the logits, where the model changes that output; ``"own"``: the model's own, which is more."""
 
 
 def next_tokens(labels: Tensor) -> Tensor:
@@ -68,7 +68,13 @@ def chunked_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Te
 
 @torch.no_grad()
 def count_tokens(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The summed cross-entropy, how many labels ``head`` puts first, and how many there are; arguments as above."""
+    """The summed cross-entropy, how many labels ``head`` puts first, and how many there are.
+
+    Args:
+        head: maps (n, features) to (n, vocabulary), each token by itself. Its hooks and adapters act.
+        hidden: (..., features).
+        labels: (...), the classes, or -100.
+    """
     hidden, labels = _labelled(hidden, labels)
     loss, right = hidden.new_zeros((), dtype=torch.float32), labels.new_zeros(())
     size = _chunk_size(labels) // 2
@@ -91,6 +97,7 @@ def transparent(head: nn.Module) -> Iterator[None]:
     def hand_on(head: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return caught.pop()
 
+    # The first hook before the head and the last behind it: adapters of the head see no token in between.
     handles = head.register_forward_pre_hook(catch, prepend=True), head.register_forward_hook(hand_on)
     try:
         yield
@@ -108,8 +115,8 @@ def loss_form(model: Any, shifted: bool) -> LossForm:
 
     Args:
         model: the model; its modes and its hooks are left as they were, and no random number is drawn.
-        shifted: whether a token is to predict the label after its own (and not that in its place, as in a decoder that
-            reads other tokens than the labels).
+        shifted: True if a token is to predict the label after its own (and not the one in its place, as in a decoder
+            that reads other tokens than the labels).
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -138,7 +145,7 @@ def loss_form(model: Any, shifted: bool) -> LossForm:
 
 
 def run_to_head(model: Any, inputs: Mapping[str, Any], form: LossForm) -> tuple[nn.Module, Tensor]:
-    """Run a transformers language model on ``inputs``: what is left to be run for the logits, and what to run it on."""
+    """Run a transformers language model on ``inputs``; return what is left to run for the logits, and its input."""
     head = model.get_output_embeddings()
     if form != "chunks" or not splits_by_token(head):
         return nn.Identity(), model(**inputs, use_cache=False).logits

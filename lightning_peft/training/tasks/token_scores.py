@@ -20,7 +20,7 @@ class TokenScores(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.long), "sum")
 
     def update(self, loss: Tensor, right: Tensor, count: Tensor) -> None:
-        """Add what :func:`~lightning_peft.training.tasks.token_loss.count_tokens` gives."""
+        """Add the sums that :func:`~lightning_peft.training.tasks.token_loss.count_tokens` gives, each ()."""
         # Not in place: validation before the fit may have left tensors of inference mode here.
         self.loss, self.right, self.count = self.loss + loss, self.right + right, self.count + count
 
