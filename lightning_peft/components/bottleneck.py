@@ -35,6 +35,7 @@ class Bottleneck(nn.Module):
         self.norm_before = nn.LayerNorm(d, **options) if method.layer_norm == "before" else None
         self.norm_after = nn.LayerNorm(d, **options) if method.layer_norm == "after" else None
         self.gate = Gate(d, self.down.weight, batch_dim) if method.gating else None
+        # After the gate: each draws from the same generator, and a seed must give what it gave before.
         _INITS[method.choice("init")](self.down, self.up)
         for bias in (self.down.bias, self.up.bias):
             nn.init.zeros_(bias)
@@ -46,6 +47,7 @@ class Bottleneck(nn.Module):
         h = NONLINEARITIES[self.nonlinearity](_linear(self.down, z))
         if self.dropout:
             h = F.dropout(h, self.dropout, self.training)
+        # The scale goes into the small weights, not over an output that is as large as the stream.
         if self.norm_after is None:
             out = _linear(self.up, h, self.scale)
         else:

@@ -123,6 +123,7 @@ def remove(model: nn.Module, name: str = "default") -> None:
     """
     _, owner, registry = find_adapter(model, name)
     registry.check_settled()
+    # A host that carries nothing any more has no child of ours either: the base is then what it was.
     for path, slots in list(registry.slots.items()):
         slots.discard(name, owner.get_submodule(path))
         if not slots._modules:
@@ -181,6 +182,7 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
     for placement, count in Counter((p.path, p.part) for p in placements).items():
         if count > 1:
             raise ConfigError(f"{count} adapters of one name on '{placement[0]}': give each a part of its own.")
+    # Now, and not while attaching, which must not fail halfway.
     for own in placements:
         if isinstance(own.adapter, WeightAdapter):
             _check_weights(model.get_submodule(own.path), own, own.adapter.names)

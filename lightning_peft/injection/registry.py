@@ -142,6 +142,7 @@ def find_in(
         raise AdapterNameError(f"There are adapters called {name!r} on {places}: call this with one of these modules.")
     if holding:
         return holding[0]
+    # Three mistakes look alike: a wrong name, a wrong level of the model, and an adapter that is gone.
     known = [name for _, _, registry in found for name in registry.attachments]
     if known:
         hint = f"Adapters here: {', '.join(map(repr, known))}.{did_you_mean(name, known)}"

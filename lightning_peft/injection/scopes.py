@@ -70,6 +70,7 @@ class Scopes:
         scopes = _entered.get()
         entered = scopes.get(self) if scopes else None
         scope = entered[-1] if entered else None
+        # Outside of a backward pass, what runs now is what was called now.
         if (task := torch._C._current_graph_task_id()) == -1:
             if self._mirror.now.get("version") != self._version:
                 self._see_version(exactly=False)

@@ -192,6 +192,7 @@ class _Widened(dict[str, Tensor]):
                     "there, or let merge(dequantize=True) make every quantized layer a plain one."
                 )
             tensor = weight.dequantize()
+        # A scheme that is not known here: integers are no weights that anything could be added to.
         if isinstance(tensor, nn.Parameter) and not tensor.is_floating_point():
             raise NotMergeableError(
                 f"'{key}' is quantized ({tensor.dtype}): load the adapter on the unquantized base and merge there."

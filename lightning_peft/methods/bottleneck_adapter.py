@@ -111,6 +111,7 @@ class BottleneckAdapter(TargetedMethod):
                 f"{did_you_mean(str(self.preset), PRESETS)}"
             )
         super().__post_init__()
+        # The values in force, the preset's among them: a field may be right alone and wrong beside the preset.
         if self.choice("nonlinearity") not in NONLINEARITIES:
             raise self.invalid("nonlinearity", f"one of {', '.join(map(repr, NONLINEARITIES))}")
         if self.choice("residual") == "after" and self.choice("reads") != "sum":

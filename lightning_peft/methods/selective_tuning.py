@@ -84,6 +84,7 @@ class SelectiveTuning(TargetedMethod):
                     f"{did_you_mean(kind, KINDS)}"
                 )
         ids = self.token_ids or []
+        # Each token has one row that trains; a second one would silently never be looked up.
         if twice := sorted({i for i in ids if ids.count(i) > 1}):
             raise ConfigError(f"SelectiveTuning.token_ids holds {twice[0]} more than once.")
         if self.score == "fisher" and self.density is None:

@@ -205,6 +205,7 @@ def with_shifted_positions(call: Call, amount: int) -> tuple[Call, Tensor]:
         tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         rows, new = tokens.shape[:2]
         cache = find_cache(call)
+        # Without a cache cached_tokens still looks whether there must be one, and refuses.
         past = cached_tokens(call, new) if cache is None else _length(cache) or 0
         positions = (torch.arange(new, device=tokens.device) + past).expand(rows, -1)
         mask = call.get("attention_mask")

@@ -82,6 +82,7 @@ def _cropped(value: Any, kind: str, queries: _Cut, keys: _Cut) -> Any:
         return tuple(_cropped(item, kind, queries, keys) for item in value)
     if not isinstance(value, Tensor):
         return value
+    # By name: a tensor's shape does not tell tokens from classes, and a pooled output has no place for each token.
     if kind in _SEQUENCES and value.dim() >= 3:
         return queries(value, -2)
     if kind in _SPANS:

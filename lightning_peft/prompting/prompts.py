@@ -67,6 +67,7 @@ def _token_models(name: str, model: nn.Module) -> list[tuple[str, Any]]:
     reason = f"{type(model).__name__} holds no transformers model"
     for path, pretrained in pretrained_models(model):
         check_hf_version()
+        # A decoder behind an encoder reads what that has made of the prompt: only the encoder gets one.
         reader = pretrained.get_encoder() if pretrained.config.is_encoder_decoder else pretrained
         if isinstance(reader.get_input_embeddings(), nn.Embedding):
             found.append((path, pretrained))
@@ -96,6 +97,7 @@ def _place_prompt(
     tables = [(f"{at}.{table}" if at else table, module) for table, module in position_modules(reader)]
     for table, module in tables:
         check_room(name, size, table, module)
+    # The embedding is deep inside of the model: where the placeholders are can only be handed to it.
     vectors = Tap()
     room = min(((free, table) for table, module in tables if (free := free_positions(module))), default=None)
     placements = [

@@ -75,6 +75,7 @@ class Route:
             if x is not None:
                 self._note(x, rows)
             return rows
+        # Some layers see the places of all rows as one long batch: whole rows, if their lengths were seen before.
         width, rest = divmod(len(x), count)
         if rest or width not in self.lengths:
             raise ConfigError(

@@ -44,6 +44,7 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     for name in names:
         if name is not None and not isinstance(name, str):
             raise ConfigError(f"route needs names of adapters, or None for the base, not {name!r}.")
+    # Everything is checked before the block is entered: an error in the midst of a forward comes too late.
     found = registries(model)
     for name in dict.fromkeys(names):
         if name is not None:
