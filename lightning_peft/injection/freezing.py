@@ -8,7 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_peft.injection.registry import Registry, registry_of
 from lightning_peft.injection.slots import AdapterSlots
-from lightning_peft.injection.standins import HeldForward
+from lightning_peft.injection.standins import Changes, HeldForward
 from lightning_peft.network.quantized.weights import quantized_weights
 from lightning_peft.network.walk import CHILD, base_modules, join, plain_name
 
@@ -44,10 +44,10 @@ class _EvalForward(HeldForward):
     so that ``model.train()`` and Lightning's checks see the mode that the user has set.
     """
 
-    def replaced(self) -> dict[str, Any]:
+    def changes(self) -> Changes | None:
         slots = self.host._modules.get(CHILD)
         own = isinstance(slots, AdapterSlots) and slots.replaces("running_mean")
-        return {"training": False} if self.host.training and not own else {}
+        return ({"training": False}, ()) if self.host.training and not own else None
 
 
 class _PaddedForward(HeldForward):
@@ -57,12 +57,12 @@ class _PaddedForward(HeldForward):
     few operations that an adapter may need know nested tensors.
     """
 
-    def replaced(self) -> dict[str, Any]:
+    def changes(self) -> Changes | None:
         encoder: Any = self.host
         if not encoder.use_nested_tensor:
-            return {}
+            return None
         acting = any(isinstance(module, AdapterSlots) and module.active for module in encoder.modules())
-        return {"use_nested_tensor": False} if acting or torch.is_grad_enabled() else {}
+        return ({"use_nested_tensor": False}, ()) if acting or torch.is_grad_enabled() else None
 
 
 def _complete_with_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

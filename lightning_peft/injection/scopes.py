@@ -17,7 +17,9 @@ import torch
 from lightning_peft.errors import AdapterNameError
 
 _entered: ContextVar[Mapping["Scopes", tuple["Scope", ...]] | None] = ContextVar("lightning_peft_scopes", default=None)
-_KEPT = 4096  # changes that the history of one thread keeps
+_is_compiling = torch.compiler.is_dynamo_compiling
+_graph_task = torch._C._current_graph_task_id
+_KEPT = 2**16  # changes that the history of one thread keeps
 
 
 @dataclass(eq=False)
@@ -39,6 +41,9 @@ class _Mirror(threading.local):
 
     A dictionary: compiled code silently loses what hooks assign to attributes of a ``threading.local``.
     """
+
+    version = 0
+    """The version of what acts by default that this thread has seen."""
 
     def __init__(self) -> None:  # in each thread that comes
         self.now: dict[str, Any] = {}
@@ -62,7 +67,7 @@ class Scopes:
         Raises:
             AdapterNameError: a backward pass computes a forward again, and what acted in that cannot be told.
         """
-        if torch.compiler.is_dynamo_compiling():
+        if _is_compiling():
             if self._mirror.now.get("shared"):
                 raise AdapterNameError("Compiled code cannot tell the scopes of tasks apart: await nothing in a scope.")
             found: Scope | None = self._mirror.now.get("scope")
@@ -71,8 +76,8 @@ class Scopes:
         entered = scopes.get(self) if scopes else None
         scope = entered[-1] if entered else None
         # Outside of a backward pass, what runs now is what was called now.
-        if (task := torch._C._current_graph_task_id()) == -1:
-            if self._mirror.now.get("version") != self._version:
+        if (task := _graph_task()) == -1:
+            if self._mirror.version != self._version:
                 self._see_version(exactly=False)
             return scope
         entered_in_it = scope is not None and scope.task == task
@@ -80,19 +85,19 @@ class Scopes:
 
     def enter(self, scope: Scope) -> None:
         """Let ``scope`` decide from now on, in this thread and task."""
-        if torch.compiler.is_dynamo_compiling():
+        if _is_compiling():
             self._mirror.now["scope"] = scope
             return
-        scope.task = torch._C._current_graph_task_id()
-        self._change((*self._blocks(), scope), noted=scope.at is None, added=[scope])
+        scope.task = _graph_task()
+        self._change((*self._blocks(), scope), added=(scope,))
 
     def leave(self, scope: Scope, outer: Scope | None = None) -> None:
         """Let ``scope`` decide no longer, whichever were entered after it; compiled code is told the ``outer`` one."""
-        if torch.compiler.is_dynamo_compiling():
+        if _is_compiling():
             self._mirror.now["scope"] = outer
             return
         entered = tuple(other for other in self._blocks() if other is not scope)
-        self._change(entered, noted=scope.at is None, left=[scope])
+        self._change(entered, left=(scope,))
 
     def default_changes(self) -> None:
         """Note that other adapters act by default from now on: earlier forwards cannot be computed again."""
@@ -100,7 +105,7 @@ class Scopes:
         self._see_version(exactly=True)
 
     def _see_version(self, exactly: bool) -> None:
-        self._mirror.now["version"] = self._version
+        self._mirror.version = self._version
         self._seen[threading.get_ident()] = self._version, torch._C._autograd._get_sequence_nr(), exactly
 
     def _is_of_version(self, number: int) -> bool:
@@ -113,17 +118,14 @@ class Scopes:
     def _blocks(self) -> tuple[Scope, ...]:
         return (_entered.get() or {}).get(self, ())
 
-    def _change(
-        self, entered: tuple[Scope, ...], noted: bool, added: tuple[Scope, ...] | list[Scope] = (), left: Any = ()
-    ) -> None:
+    def _change(self, entered: tuple[Scope, ...], added: tuple[Scope, ...] = (), left: tuple[Scope, ...] = ()) -> None:
         scopes = {**(_entered.get() or {}), self: entered}
         if not entered:
             del scopes[self]
         _entered.set(scopes)
         now, scope = self._mirror.now, entered[-1] if entered else None
         open_here = [*(other for other in now.get("open", ()) if other not in left), *added]
-        if noted:
-            _note(self._history, scope, now.get("scope"))
+        _note(self._history, scope, now.get("scope"))
         # Blocks of other tasks are open on this thread: which of them is running, compiled code cannot ask.
         now.update(scope=scope, open=open_here, shared=any(other not in entered for other in open_here))
 

@@ -15,10 +15,11 @@ from torch.nn.modules.module import _global_forward_hooks
 from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.injection.scopes import Scopes
-from lightning_peft.injection.standins import HeldForward, is_own_forward, value_at
+from lightning_peft.injection.standins import Changes, HeldForward, is_own_forward, leads_to, value_at
 from lightning_peft.network.calls import first_input
 from lightning_peft.network.walk import CHILD, Beside, modules_outside
 
+_is_compiling = torch.compiler.is_dynamo_compiling
 _holding = threading.Lock()  # not on the way of a forward
 
 
@@ -30,19 +31,11 @@ class Kinds(NamedTuple):
     weights: tuple[WeightAdapter, ...] = ()
     after: tuple[Any, ...] = ()
     """Output adapters, or what acts on rows in their place: called with input and output."""
+    by_row: Any = None
+    """With a route that has adapters inside of the host: what runs its forward for the rows of each."""
 
 
 _NONE = Kinds()
-
-
-class _Due(threading.local):
-    """The ids of hosts whose hook has seen a call begin that their forward has not seen yet, on one thread."""
-
-    def __init__(self) -> None:  # in each thread that comes
-        self.hosts: set[int] = set()
-
-
-_due = _Due()
 
 
 class AdapterSlots(Beside):
@@ -67,15 +60,15 @@ class AdapterSlots(Beside):
         adapter.trains = frozenset(name for name, p in adapter.named_parameters() if p.requires_grad)
         self.add_module(slot, adapter)
         self._note(adapter_name(slot))
-        inside = isinstance(adapter, (CallAdapter, WeightAdapter))
-        if inside:
-            self.hold_forward(host)
-        # Bound methods, not closures: after a deepcopy of the host they call the copy's adapters. What acts inside has
-        # both hooks, too: torch's fused layers look for hooks, and not for a forward, to leave a module alone.
-        if (inside or isinstance(adapter, InputAdapter)) and "before" not in self._handles:
+        # Bound methods, not closures: after a deepcopy of the host they call the copy's adapters.
+        if isinstance(adapter, InputAdapter) and "before" not in self._handles:
             self._handles["before"] = host.register_forward_pre_hook(self.before, with_kwargs=True)
-        if (inside or isinstance(adapter, OutputAdapter)) and "after" not in self._handles:
+        elif isinstance(adapter, OutputAdapter) and "after" not in self._handles:
             self._handles["after"] = host.register_forward_hook(self.after, with_kwargs=True)
+        elif isinstance(adapter, (CallAdapter, WeightAdapter)) and "check" not in self._handles:
+            self.hold_forward(host)
+            # It also keeps torch's fused layers from leaving the host out: they look for hooks, and not for a forward.
+            self._handles["check"] = host.register_forward_pre_hook(self.check_forward)
 
     def hold_forward(self, host: nn.Module) -> None:
         """Have the host's forward run by :class:`HostForward` from now on; several threads may ask for it at once."""
@@ -160,13 +153,6 @@ class AdapterSlots(Beside):
         """The adapters that act for the code that is running, in the order of activation."""
         return [adapter for name in self.active for adapter in self.parts(name).values()]
 
-    def routed(self) -> Any:
-        """What runs the host by rows, where a route has adapters that act inside of it; else None."""
-        scope = self._scopes.current()
-        if scope is None or scope.route is None or (scope.at is not None and scope.at[0] is self):
-            return None
-        return scope.route.inside(self)
-
     def needs_whole_sequences(self) -> bool:
         """True if anything that acts here has to see rows of a batch whole, each of them one text."""
         scope = self._scopes.current()
@@ -196,25 +182,31 @@ class AdapterSlots(Beside):
     # The hooks -------------------------------------------------------------------------------------------------------
 
     def before(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        acting = self.acting()
-        if (acting.around or acting.weights) and not torch.compiler.is_dynamo_compiling():
-            _due.hosts.add(id(self))
-        for adapter in acting.before:
+        for adapter in self.acting().before:
             args, kwargs = adapter(args, kwargs)
         return args, kwargs
 
+    def check_forward(self, host: nn.Module, args: tuple[Any, ...]) -> None:
+        """Raise if the host's forward is no longer run with its adapters.
+
+        Raises:
+            NotApplicableError: somebody has put another one in its place.
+        """
+        present = vars(host).get("forward")
+        if present is not self._handles["forward"] and not _is_compiling():
+            acting = self.acting()
+            if (acting.around or acting.weights) and not leads_to(present, self._handles["forward"], host):
+                raise NotApplicableError(
+                    f"The forward of '{self._path}' ({type(host).__name__}) was replaced after an adapter was attached "
+                    "to it, which therefore does not act. Replace it first, and inject then."
+                )
+
     def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        acting = self.acting()
-        if (acting.around or acting.weights) and not torch.compiler.is_dynamo_compiling() and id(self) in _due.hosts:
-            _due.hosts.discard(id(self))
-            raise NotApplicableError(
-                f"The forward of '{self._path}' ({type(host).__name__}) was replaced after an adapter was attached to "
-                "it, which therefore does not act. Replace it first, and inject then."
-            )
-        if not acting.after:
+        acting = self.acting().after
+        if not acting:
             return output
         x, owns_output = first_input(args, kwargs), self._is_first(host)
-        for adapter in acting.after:
+        for adapter in acting:
             if owns_output and isinstance(adapter, OutputAdapter) and adapter.in_place:
                 output, owns_output = adapter.forward_(x, output), not adapter.saves_output
             else:  # what comes of it may be something that its backward reads
@@ -227,7 +219,7 @@ class AdapterSlots(Beside):
             not torch.compiler.is_compiling()
             and next(iter(host._forward_hooks.values()), None) == self.after
             and not _global_forward_hooks
-            and is_own_forward(host)
+            and ("forward" not in vars(host) or is_own_forward(host))
         )
 
 
@@ -238,25 +230,23 @@ class HostForward(HeldForward):
         super().__init__(host)
         self.slots = slots
 
-    def replaced(self) -> dict[str, Any]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        kinds = self.slots.acting()
+        if kinds.by_row is not None and self.holds:
+            return kinds.by_row(self, args, kwargs)
+        return self.call(self._changes(kinds), args, kwargs)
+
+    def changes(self) -> Changes | None:
+        return self._changes(self.slots.acting())
+
+    def _changes(self, kinds: Kinds) -> Changes | None:
+        if not (kinds.weights or kinds.around) or not self.holds:
+            return None
         made: dict[str, Any] = {}
-        for adapter in self.slots.acting().weights:
+        for adapter in kinds.weights:
             for path in adapter.names:
                 made[path] = adapter(made[path] if path in made else value_at(self.host, path), path)
-        return made
-
-    def around(self) -> tuple[CallAdapter, ...]:
-        return self.slots.acting().around
-
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not torch.compiler.is_dynamo_compiling():
-            _due.hosts.discard(id(self.slots))
-        return super().run(args, kwargs)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.holds and (routed := self.slots.routed()) is not None:
-            return routed(self, args, kwargs)
-        return self.run(args, kwargs)
+        return made, kinds.around
 
 
 def adapter_name(slot: str) -> str:

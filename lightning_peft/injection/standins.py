@@ -9,6 +9,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from operator import is_
 from types import MethodType
 from typing import Any
 
@@ -16,10 +17,15 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import CallAdapter, Run
-from lightning_peft.network.walk import leaf, parent
 
 _TABLES = ("_parameters", "_buffers")
 _MISSING: Any = object()
+_is_compiling = torch.compiler.is_dynamo_compiling
+_Pair = tuple[nn.Module, nn.Module]
+
+
+Changes = tuple[Mapping[str, Any], Sequence[CallAdapter]]
+"""What a stand-in has in place of the module's own, as :func:`stand_in` takes it, and the adapters around the call."""
 
 
 class HeldForward:
@@ -31,6 +37,8 @@ class HeldForward:
 
     def __init__(self, host: nn.Module) -> None:
         self.host, self.holds = host, True
+        # Layers of torch's own set nothing on themselves; to look for it after every call would cost a tenth of it.
+        self._sets = not type(host).__module__.startswith("torch.nn.modules.")
         self.before = vars(host).get("forward")  # put there by another library, or for another reason
         vars(host)["forward"] = self
 
@@ -42,42 +50,49 @@ class HeldForward:
             if self.before is not None:
                 vars(self.host)["forward"] = self.before
 
-    def replaced(self) -> Mapping[str, Any]:
-        """What the forward is to read in place of the module's own, by path, as :func:`stand_in` takes it."""
-        return {}
-
-    def around(self) -> Sequence[CallAdapter]:
-        """The adapters that act around the forward."""
-        return ()
+    def changes(self) -> Changes | None:
+        """What this call is to read in place of the module's own, and what acts around it; None for nothing."""
+        raise NotImplementedError
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the forward, on a stand-in if there is anything to replace."""
-        if self.holds:
-            replaced, around = self.replaced(), self.around()
-            if replaced or around:
-                made = stand_in(self.host, replaced)
-                return Run(made, around, self.forward_of)(args, kwargs)
+        """Call the forward."""
+        return self.call(self.changes() if self.holds else None, args, kwargs)
+
+    def call(self, changes: Changes | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the forward, on a stand-in if there are ``changes``."""
+        if changes is not None:
+            replaced, around = changes
+            made = stand_in(self.host, replaced)
+            return Run(made, around, self.call_on)(args, kwargs) if around else self.call_on(made, args, kwargs)
         if self.before is None:
             return type(self.host).forward(self.host, *args, **kwargs)
         return self.before(*args, **kwargs)
 
-    def forward_of(self, made: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_on(self, made: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the module's forward on its stand-in ``made``; what it sets on itself is kept on the module."""
-        forward = None if self.before is None else _rebound(self.before, self.host, made)
-        if torch.compiler.is_dynamo_compiling():
-            return type(self.host).forward(made, *args, **kwargs) if forward is None else forward(*args, **kwargs)
-        begun = vars(made).copy()
-        tables = {table: _unreplaced(begun[table], vars(self.host)[table]) for table in _TABLES}
+        if self.before is None and (not self._sets or _is_compiling()):
+            return type(self.host).forward(made, *args, **kwargs)
+        forward = (
+            partial(type(self.host).forward, made) if self.before is None else _rebound(self.before, self.host, made)
+        )
+        if _is_compiling():
+            return forward(*args, **kwargs)
+        own, host = vars(made), vars(self.host)
+        begun = own.copy()
+        tables = [(host[table], own[table], own[table].copy()) for table in _TABLES if own[table] is not host[table]]
         try:
-            return type(self.host).forward(made, *args, **kwargs) if forward is None else forward(*args, **kwargs)
+            return forward(*args, **kwargs)
         finally:
             # Compared with the stand-in as it was: the module may have been changed by another thread meanwhile.
-            _keep(vars(self.host), begun, vars(made))
-            for table, entries in tables.items():
-                _keep(vars(self.host)[table], entries, {name: begun[table][name] for name in entries})
+            if not _are_same(begun, own):
+                host.update({name: value for name, value in own.items() if begun.get(name, _MISSING) is not value})
+            for table, now, then in tables:
+                if not _are_same(then, now):  # what stands in place of the module's own is not the module's
+                    kept = {name for name in now if then.get(name) is table.get(name)}
+                    table.update({name: now[name] for name in kept if now[name] is not table.get(name)})
 
     def bound_to(self, host: nn.Module) -> "HeldForward":
         """The same for a stand-in of the module."""
@@ -105,27 +120,19 @@ def stand_in(host: nn.Module, replaced: Mapping[str, Any]) -> nn.Module:
         replaced: new values by path from the host: ``weight``, ``out_proj.weight``, ``training``.
     """
     made = _shared(host)
-    below: dict[str, nn.Module] = {"": made}
-    own: set[int] = set()  # the tables that are the stand-ins' own by now
-
-    def table_of(module: nn.Module, table: str) -> dict[str, Any]:
-        if id(vars(module)[table]) not in own:
-            vars(module)[table] = {**vars(module)[table]}
-            own.add(id(vars(module)[table]))
-        entries: dict[str, Any] = vars(module)[table]
-        return entries
-
-    def child(path: str) -> nn.Module:
-        if path not in below:
-            children = table_of(child(parent(path)), "_modules")
-            children[leaf(path)] = below[path] = _shared(children[leaf(path)])
-        return below[path]
-
+    below: dict[str, _Pair] = {"": (host, made)}
     for path, value in replaced.items():
-        owner, name = child(parent(path)), leaf(path)
-        table = next((table for table in _TABLES if name in vars(owner)[table]), None)
-        entries = vars(owner) if table is None else table_of(owner, table)
-        entries[name] = value
+        at, _, name = path.rpartition(".")
+        module, twin = below[at] if at in below else _pair_at(at, below)
+        own = vars(twin)
+        for table in _TABLES:
+            if name in own[table]:
+                if own[table] is vars(module)[table]:
+                    own[table] = own[table].copy()
+                own[table][name] = value
+                break
+        else:
+            own[name] = value
     if isinstance(host, nn.RNNBase):
         # It reads its weights through a list, which it would make anew, and keep, if these are not those that it noted.
         names: list[str] = vars(made)["_flat_weights_names"]
@@ -134,10 +141,44 @@ def stand_in(host: nn.Module, replaced: Mapping[str, Any]) -> nn.Module:
     return made
 
 
+def _pair_at(path: str, below: dict[str, _Pair]) -> _Pair:
+    """A module below a host and its stand-in; the modules on the way to it have stand-ins then, too."""
+    at, _, name = path.rpartition(".")
+    module, twin = below[at] if at in below else _pair_at(at, below)
+    own = vars(twin)
+    if own["_modules"] is vars(module)["_modules"]:
+        own["_modules"] = own["_modules"].copy()
+    child = own["_modules"][name]
+    below[path] = child, _shared(child)
+    own["_modules"][name] = below[path][1]
+    return below[path]
+
+
+def leads_to(forward: Any, held: HeldForward, host: nn.Module) -> bool:
+    """True if calling ``forward``, the attribute of ``host``, may come to ``held``: another library has wrapped it."""
+    if forward is held:
+        return True
+    parts = [
+        getattr(forward, "__wrapped__", None),
+        getattr(forward, "before", None),
+        getattr(forward, "__self__", None),
+    ]
+    if isinstance(forward, partial):
+        parts += [forward.func, *forward.args, *forward.keywords.values()]
+    function = getattr(forward, "func", forward)
+    for cell in getattr(getattr(function, "__func__", function), "__closure__", None) or ():
+        parts.append(cell.cell_contents)
+    # accelerate keeps the forward that it calls as another attribute of the module.
+    return any(part is held for part in parts) or any(value is held for value in vars(host).values())
+
+
 def value_at(host: nn.Module, path: str) -> Any:
     """The parameter, buffer or plain attribute ``path`` of ``host``."""
-    owner, name = host.get_submodule(parent(path)) if "." in path else host, leaf(path)
-    return next(table for table in (owner._parameters, owner._buffers, vars(owner)) if name in table)[name]
+    if path in host._parameters:
+        return host._parameters[path]
+    at, _, name = path.rpartition(".")
+    owner = host._modules[at] if at in host._modules else host.get_submodule(at)
+    return next(table for table in (owner._parameters, owner._buffers, vars(owner)) if name in table)[name]  # type: ignore[union-attr]
 
 
 def is_own_forward(host: nn.Module) -> bool:
@@ -154,15 +195,9 @@ def _shared(module: nn.Module) -> nn.Module:
     return made
 
 
-def _unreplaced(table: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a stand-in's own table that are the module's; a table that both share has no need to be kept."""
-    return {} if table is own else {name: value for name, value in table.items() if own.get(name, _MISSING) is value}
-
-
-def _keep(to: dict[str, Any], begun: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for name, value in now.items():
-        if begun.get(name, _MISSING) is not value:
-            to[name] = value
+def _are_same(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """True if both hold the very same objects under the same names."""
+    return len(then) == len(now) and all(map(is_, then.values(), now.values()))
 
 
 def _rebound(forward: Callable[..., Any], host: nn.Module, made: nn.Module) -> Callable[..., Any]:

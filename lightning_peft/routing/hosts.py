@@ -43,11 +43,6 @@ class Route:
             return host.idle
         return host.whole if scope.at[1] is None else slots.of(scope.at[1])
 
-    def inside(self, slots: AdapterSlots) -> "RoutedHost | None":
-        """What runs a host by rows, where adapters act inside of it."""
-        host = self.hosts.get(slots)
-        return host if host is not None and host.apart else None
-
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.lengths.clear()
         _check_packed("the model", (args, kwargs))
@@ -112,7 +107,7 @@ class RoutedHost:
         self.one_by_one = [name for name in self.outputs if not any(name in names for names, _ in self.forms)]
         self.layer = getattr(host, "layer_idx", None)
         self.whole = Kinds(after=(self.act,))
-        self.idle = Kinds(after=(self.act,) if self.outputs and not apart else ())
+        self.idle = Kinds(by_row=self) if apart else Kinds(after=(self.act,) if self.outputs else ())
         self.order = argument_names(host) if apart else ()
         if apart:
             slots.hold_forward(host)

@@ -28,7 +28,6 @@ def route(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within the ``with`` block each row of the batch gets its own adapter, of any mix of methods; None is the base.
 
     The output equals the outputs of each adapter run alone on its rows, in training too. What trains stays as it is.
-    With gradient checkpointing, call ``backward`` within the block.
 
     Args:
         model: the network. The first dimension of what it is called with counts the rows.
