@@ -18,6 +18,7 @@ from lightning_peft.injection.inventory import AdapterInfo, adapters, rename
 from lightning_peft.injection.report import Report, report
 from lightning_peft.merging.combine import combine
 from lightning_peft.merging.merge import merge, merged
+from lightning_peft.merging.report import MergedLayer, MergeReport
 from lightning_peft.methods import *  # noqa: F403
 from lightning_peft.routing.route import route
 
@@ -29,6 +30,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterSummary",
     "AdapterInfo",
+    "MergeReport",
+    "MergedLayer",
     "Method",
     "PEFTCallback",
     "PEFTError",

@@ -38,7 +38,15 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def metadata(model: nn.Module) -> dict[str, Any]:
-    """Describe the adapters at or below ``model`` and their base, in primitives and tensors."""
+    """Describe the adapters at or below ``model`` and their base, in primitives and tensors.
+
+    Raises:
+        AdapterNameError: an adapter is folded into the base now.
+        NotApplicableError: a layer was replaced after an adapter was attached to it.
+    """
+    for _, owner, registry in registries(model):
+        registry.scopes.check_unfolded()
+        registry.check_hosts(owner)
     adapters = {
         f"{path}:{name}": {"path": path, "name": name, "method": attachment.method.to_config()}
         for path, registry in ((plain_name(path), registry) for path, _, registry in registries(model))

@@ -37,10 +37,13 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     replaced; if the writing is broken off halfway, the remaining files are refused when they are read.
 
     Raises:
-        AdapterNameError: there is no such adapter.
+        AdapterNameError: there is no such adapter, or one is folded into the base now.
         CheckpointError: the directory cannot be written.
+        NotApplicableError: a layer was replaced after the adapter was attached to it.
     """
     _, owner, registry = find_adapter(model, name)
+    registry.scopes.check_unfolded()
+    registry.check_hosts(owner)
     attachment = registry.attachments[name]
     placements = [Placement(place, adapter, part) for place, part, adapter in registry.parts(name)]
     whole = [plain_name(place) for place in attachment.fully_trained]

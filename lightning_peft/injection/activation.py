@@ -12,10 +12,16 @@ from lightning_peft.injection.scopes import Scope
 def activate(model: nn.Module, *names: str) -> None:
     """Let exactly the adapters ``names`` act and train, in that order. No weight is touched.
 
+    This holds for all threads and tasks, but for what runs within a block of :func:`active` and the like.
+
     Raises:
-        AdapterNameError: one of them is not there.
+        AdapterNameError: one of them is not there, or one is folded into the base now.
+        NotApplicableError: a layer was replaced after an adapter was attached to it.
     """
-    for registry, chosen in _choose(model, names):
+    chosen_ones = _choose(model, names)
+    for owner, registry, _ in chosen_ones:
+        registry.check_hosts(owner)
+    for _, registry, chosen in chosen_ones:
         if chosen != registry.active:
             registry.scopes.default_changes()
         registry.activate(chosen)
@@ -30,10 +36,15 @@ def activate(model: nn.Module, *names: str) -> None:
 def active(model: nn.Module, *names: str) -> Iterator[None]:
     """Within the ``with`` block, let exactly the adapters ``names`` act. What trains stays as it is.
 
+    This is a matter of the thread, or asyncio task, that enters the block: others see what they have chosen, or what
+    :func:`activate` has set. A backward pass that computes a forward again sees what that saw, wherever it runs. Two
+    tasks that ``await`` within blocks on one thread cannot run compiled code in them: it falls back to eager mode, or
+    raises under ``fullgraph=True``; and a model is compiled anew for each set of adapters, up to torch's limit of 8.
+
     Raises:
-        AdapterNameError: one of them is not there.
+        AdapterNameError: one of them is not there, or one is folded into the base now.
     """
-    entered = [(registry.scopes, Scope(acting)) for registry, acting in _choose(model, names)]
+    entered = [(registry.scopes, Scope(acting)) for _, registry, acting in _choose(model, names)]
     try:
         for scopes, scope in entered:
             scopes.enter(scope)
@@ -55,11 +66,11 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for _, _, registry in registries(model) for name in registry.acting())
 
 
-def _choose(model: nn.Module, names: tuple[str, ...]) -> list[tuple[Registry, tuple[str, ...]]]:
+def _choose(model: nn.Module, names: tuple[str, ...]) -> list[tuple[nn.Module, Registry, tuple[str, ...]]]:
     found = registries(model)
     for name in names:
         find_in(found, model, name)
     for _, _, registry in found:
         registry.check_settled()
     names = tuple(dict.fromkeys(names))
-    return [(registry, tuple(n for n in names if n in registry.attachments)) for _, _, registry in found]
+    return [(owner, registry, tuple(n for n in names if n in registry.attachments)) for _, owner, registry in found]

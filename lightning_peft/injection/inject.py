@@ -123,11 +123,16 @@ def remove(model: nn.Module, name: str = "default") -> None:
     """
     _, owner, registry = find_adapter(model, name)
     registry.check_settled()
+    detach(owner, registry, name)
+
+
+def detach(owner: nn.Module, registry: Registry, name: str) -> None:
+    """Do what :func:`remove` does; nothing here fails, also where a host was replaced."""
     # A host that carries nothing any more has no child of ours either: the base is then what it was.
     for path, slots in list(registry.slots.items()):
         slots.discard(name, owner.get_submodule(path))
         if not slots._modules:
-            del owner.get_submodule(path)._modules[CHILD]
+            owner.get_submodule(path)._modules.pop(CHILD, None)
             del registry.slots[path]
     del registry.attachments[name]
     registry.active = tuple(active for active in registry.active if active != name)

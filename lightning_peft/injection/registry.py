@@ -8,10 +8,10 @@ from torch import nn
 
 from lightning_peft.core.adapter import Adapter
 from lightning_peft.core.method import Method
-from lightning_peft.errors import AdapterNameError, did_you_mean
+from lightning_peft.errors import AdapterNameError, NotApplicableError, did_you_mean
 from lightning_peft.injection.scopes import Scopes
 from lightning_peft.injection.slots import AdapterSlots
-from lightning_peft.network.walk import modules_outside
+from lightning_peft.network.walk import CHILD, modules_outside
 
 _ATTRIBUTE = "_peft_registry"
 
@@ -70,20 +70,43 @@ class Registry:
 
     def acting(self) -> tuple[str, ...]:
         """The adapters that act for the code that is running, in their order."""
-        scope = self.scopes.current()
-        return self.active if scope is None else tuple(name for name in scope.names if name in self.attachments)
+        if (scope := self.scopes.current()) is None:
+            return self.active
+        return tuple(name for name in scope.names if name in self.attachments and name not in self.scopes.folded)
 
-    def check_settled(self) -> None:
-        """Raise while a route is active: which adapters there are, and which of them act, must stay as they are.
+    def check_settled(self, folds: bool = False) -> None:
+        """Raise while which adapters there are, and which of them act, must stay as they are.
+
+        Args:
+            folds: whether an adapter may be folded into the base now (:func:`~lightning_peft.merged`).
 
         Raises:
-            AdapterNameError: a route is active.
+            AdapterNameError: a route is active, or an adapter is folded into the base.
         """
         scope = self.scopes.current()
         if scope is not None and scope.route is not None:
             raise AdapterNameError(
                 "The rows of the batch have adapters of their own: leave the route(...) block first."
             )
+        if not folds:
+            self.scopes.check_unfolded()
+
+    def check_hosts(self, owner: nn.Module) -> None:
+        """Raise unless every host is the module that an adapter was attached to.
+
+        Raises:
+            NotApplicableError: another module stands in the place of one.
+        """
+        for path, slots in self.slots.items():
+            try:
+                present = getattr(owner.get_submodule(path), CHILD, None)  # not of its tables: it may be wrapped
+            except AttributeError:
+                present = None
+            if present is not slots:
+                raise NotApplicableError(
+                    f"'{path}' was replaced or taken away after an adapter was attached to it, which therefore does "
+                    "not act any more. Put the module back, or load the adapter into a fresh model."
+                )
 
     def own_keys(self) -> frozenset[str]:
         """The state-dict keys of all adapters."""

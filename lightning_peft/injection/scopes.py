@@ -5,9 +5,10 @@ has set. A backward pass may compute a forward again (gradient checkpointing), o
 autograd's own threads. It sees what the forward saw, found by the number that autograd gives each node of the graph.
 """
 
+import asyncio
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,17 @@ class Scope:
     """The backward pass in which it was entered; -1 outside of any."""
 
 
+@dataclass(eq=False)
+class Fold:
+    """An adapter that is folded into the base for a while."""
+
+    name: str
+    undo: Callable[[], None] = lambda: None
+    """Puts the base back as it was."""
+    left: bool = False
+    """True if its block was left."""
+
+
 class _Mirror(threading.local):
     """What :data:`_entered` says, for compiled code, which cannot read a context variable but guards on this.
 
@@ -52,7 +64,14 @@ class _Mirror(threading.local):
 class Scopes:
     """The scopes of one model. A copy of the model has its own."""
 
+    folded: tuple[str, ...] = ()
+    """Adapters that are folded into the base for a while: they act for everybody, and not as adapters."""
+
     def __init__(self) -> None:
+        self._lock = threading.Lock()  # not on the way of a forward
+        self._folds: list[Fold] = []
+        self._folder: tuple[int, int] | None = None  # the task that has folded them in
+        self._open: dict[Scope, tuple[int, int]] = {}  # the blocks that are open anywhere, by their tasks
         self._mirror = _Mirror()
         self._history: dict[int, list[tuple[int, Scope | None]]] = {}
         self._version = 0  # how often what acts by default has changed
@@ -84,10 +103,18 @@ class Scopes:
         return scope if entered_in_it else self._of_forward()
 
     def enter(self, scope: Scope) -> None:
-        """Let ``scope`` decide from now on, in this thread and task."""
+        """Let ``scope`` decide from now on, in this thread and task.
+
+        Raises:
+            AdapterNameError: an adapter is folded into the base now.
+        """
         if _is_compiling():
             self._mirror.now["scope"] = scope
             return
+        if scope.at is None:
+            with self._lock:
+                self.check_unfolded()
+                self._open[scope] = running_task()
         scope.task = _graph_task()
         self._change((*self._blocks(), scope), added=(scope,))
 
@@ -96,8 +123,52 @@ class Scopes:
         if _is_compiling():
             self._mirror.now["scope"] = outer
             return
+        self._open.pop(scope, None)
         entered = tuple(other for other in self._blocks() if other is not scope)
         self._change(entered, left=(scope,))
+
+    def fold(self, name: str) -> Fold:
+        """Note that the base is to have the adapter ``name`` in it, for everybody.
+
+        Raises:
+            AdapterNameError: other threads or tasks have folded one in, or are in blocks of their own.
+        """
+        task = running_task()
+        with self._lock:
+            if self._folds and self._folder != task:
+                self.check_unfolded()
+            if name in self.folded:
+                raise AdapterNameError(f"The adapter {name!r} is folded into the base already.")
+            if any(other != task for other in list(self._open.values())):
+                raise AdapterNameError(
+                    f"{name!r} cannot be folded into the base now: other threads or tasks are within active(...), "
+                    "disabled(...) or route(...), and would see the base change. Wait for them."
+                )
+            self._folder = task
+            self._folds.append(Fold(name))
+            self.folded = tuple(fold.name for fold in self._folds)
+            return self._folds[-1]
+
+    def unfold(self, fold: Fold) -> None:
+        """Take an adapter out of the base, as soon as none is left that was folded in after it."""
+        with self._lock:
+            fold.left = True
+            while self._folds and self._folds[-1].left:
+                self._folds[-1].undo()
+                self._folds.pop()
+            self.folded = tuple(fold.name for fold in self._folds)
+
+    def check_unfolded(self) -> None:
+        """Raise if an adapter is folded into the base for a while.
+
+        Raises:
+            AdapterNameError: one is.
+        """
+        if self.folded:
+            raise AdapterNameError(
+                f"The adapter {self.folded[0]!r} is folded into the base now, for all threads and tasks: leave the "
+                "merged(...) block first."
+            )
 
     def default_changes(self) -> None:
         """Note that other adapters act by default from now on: earlier forwards cannot be computed again."""
@@ -147,6 +218,15 @@ class Scopes:
                 "backward on the thread of the forward."
             )
         return found.pop() if found else None
+
+
+def running_task() -> tuple[int, int]:
+    """What tells the running thread and asyncio task from others."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no loop runs on this thread
+        task = None
+    return threading.get_ident(), id(task)
 
 
 def _note(histories: dict[int, list[tuple[int, Scope | None]]], now: Scope | None, before: Scope | None) -> None:

@@ -136,7 +136,8 @@ class AdapterSlots(Beside):
         if scope is None:
             return self._acting
         if scope.route is None:
-            return self.of(*scope.names)
+            folded = self._scopes.folded
+            return self.of(*(n for n in scope.names if n not in folded)) if folded else self.of(*scope.names)
         kinds: Kinds = scope.route.acting(self, scope)
         return kinds
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_peft import activate, active, active_adapters, disabled, merge, merged, remove
 from lightning_peft.checkpoints.ckpt import adapter_state
-from lightning_peft.errors import NotApplicableError, NotMergeableError
+from lightning_peft.errors import AdapterNameError, NotApplicableError, NotMergeableError
 
 
 def test_a_disabled_adapter_leaves_exactly_the_base(cell: Cell) -> None:
@@ -76,8 +76,8 @@ def test_merging_for_a_while_restores_every_bit(cell: Cell) -> None:
     try:
         with merged(model):
             torch.testing.assert_close(cell.run(model), unmerged, rtol=1e-5, atol=1e-5)
-            with disabled(model):  # folded into the weights, no hook is needed
-                torch.testing.assert_close(cell.run(model), unmerged, rtol=1e-5, atol=1e-5)
+            with pytest.raises(AdapterNameError, match="leave the merged"), disabled(model):
+                pytest.fail("the base is not there now")
     except NotMergeableError as error:
         refusal = str(error)
     before.assert_same(model)
