@@ -19,7 +19,8 @@ test: .venv/.test
 
 # All that a method must hold, for the methods of one file: make contract METHOD=examples/first_method.py
 contract: .venv/.test
-	METHOD=$(abspath $(METHOD)) $(PYTEST) tests/conformance -k "not matrix and not families and not test_peft"
+	@test -n "$(METHOD)" || { echo "Say which file: make contract METHOD=path/to/your_file.py"; exit 2; }
+	METHOD=$(abspath $(METHOD)) $(PYTEST) tests/conformance -k "not matrix and not families"
 
 # Real models and long runs, and a fixed tenth of what `make soak` has.
 slow: .venv/.test

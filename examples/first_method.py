@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_peft import inject, merge
 from lightning_peft.core.adapter import OutputAdapter, adapter_dtype
 from lightning_peft.core.targeted import LayerMethod
-from lightning_peft.errors import NotApplicableError, NotMergeableError
+from lightning_peft.errors import NotMergeableError
 from lightning_peft.network.hosts import Host
 
 
@@ -25,8 +25,6 @@ class SSF(LayerMethod):
     """A scale and a shift for each output feature of linear, convolution and embedding layers."""
 
     def build(self, host: Host, shared: Any) -> "ScaleAndShift":
-        if host.weight_only:  # such as nn.MultiheadAttention, whose projections have no output of their own
-            raise NotApplicableError(f"SSF changes outputs, and '{host.name}' has none of its own. Exclude it.")
         return ScaleAndShift(host)
 
 

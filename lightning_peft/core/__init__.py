@@ -1,1 +1,1 @@
-"""The mechanism, in torch alone: adapters on hooks, hosts, targets, injection, merging, checkpoints."""
+"""What the author of a method reads: methods, their fields, the kinds of adapters, and how adapters combine."""

@@ -128,7 +128,8 @@ class Method(ABC):
         if not isinstance(config, Mapping) or not isinstance(name := config.get("method"), str) or name not in known:
             found = config.get("method") if isinstance(config, Mapping) else config
             raise ConfigError(
-                f"There is no method {shown(found)}; methods: {', '.join(known)}.{did_you_mean(shown(found), known)}"
+                f"There is no method {shown(found)}; methods: {', '.join(known)}.{did_you_mean(shown(found), known)} "
+                "Import a method of your own before its files are read."
             )
         # Only registered names are looked up above: a file can name no other class.
         values = {key: value for key, value in config.items() if key != "method"}

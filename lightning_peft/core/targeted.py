@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.adapter import Adapter
+from lightning_peft.core.adapter import Adapter, OutputAdapter
 from lightning_peft.core.fields import Layers, Patterns
 from lightning_peft.core.method import Method, Placement, Plan
 from lightning_peft.errors import ConfigError, NotApplicableError
@@ -80,6 +80,9 @@ class LayerMethod(TargetedMethod):
             host: the layer's weight.
             shared: what :meth:`shared` has made.
 
+        Where the start of the adapter's values is costly, ask :func:`~lightning_peft.core.starting.starts` first: those
+        of a file are about to take their place.
+
         Raises:
             ConfigError: a field has a value that this host cannot take, such as a block larger than the layer.
             NotApplicableError: the method cannot work on this kind of host.
@@ -94,7 +97,8 @@ class LayerMethod(TargetedMethod):
         if host.weight_only and getattr(self, field):
             raise NotApplicableError(
                 f"{type(self).__name__}.{field}={getattr(self, field)} cannot act on '{host.name}': "
-                f"{type(host.module).__name__} reads that weight itself, so there is no input to drop from. "
+                f"{type(host.module).__name__} computes something of its own with that weight, so there is no input to "
+                "drop from. "
                 f"Set {field}=0 or exclude it (exclude_modules)."
             )
 
@@ -113,7 +117,13 @@ class LayerMethod(TargetedMethod):
             placements.append(Placement(hosts[0].path, shared, SHARED))
         for host in hosts:
             try:
-                placements.append(Placement(host.path, self.build(host, shared), host.part))
+                adapter = self.build(host, shared)
+                if host.weight_only and isinstance(adapter, OutputAdapter):
+                    raise NotApplicableError(
+                        f"{type(self).__name__} acts on what a layer puts out, and '{host.name}' puts out nothing of "
+                        f"its own: {type(host.module).__name__} computes something with that weight itself. Exclude it."
+                    )
+                placements.append(Placement(host.path, adapter, host.part))
             except ConfigError as error:
                 if self.target_modules != ALL_LINEAR:  # asked for by name: not ours to drop
                     raise

@@ -174,13 +174,13 @@ class IA3Weight(_Scaling, WeightAdapter):
     def __init__(self, host: Host, start: int) -> None:
         super().__init__()
         self.names = (host.parameter, host.bias) if host.bias else (host.parameter,)
-        self.start, self.bias_start = start, host.bias_start
+        self.layout, self.start, self.bias_start = host.layout, start, host.bias_start
         self.ia3_l = _ones(host.layout.out_features - start, host.weight)
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         scale = _from(self.start, self.ia3_l).to(weight.dtype)
         if name == self.names[0]:
-            return weight * scale[:, None]
+            return self.layout.native(self.layout.matrix(weight) * scale[:, None])
         rest = weight.shape[0] - self.bias_start - scale.shape[0]
         return weight * F.pad(scale, (self.bias_start, rest), value=1.0)
 

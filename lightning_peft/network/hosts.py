@@ -5,14 +5,9 @@ how the two halves of a low-rank product act on the layer's input and output. A 
 fits) and one function registered with :func:`weights_of`.
 """
 
-import ast
-import inspect
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, singledispatch
-from textwrap import dedent
-from types import FunctionType
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -20,13 +15,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.network.forwards import has_known_forward, scaling_attribute
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
 from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import base_modules, join, parent
 from lightning_peft.optional import hf_conv1d
-
-# What transformers' scaled embeddings return.
-_SCALES = re.compile(r"return super\(\)\.forward\(\w+\) \* self\.(?P<name>\w+)(\.to\(self\.weight\.dtype\))?")
 
 
 @dataclass(frozen=True)
@@ -39,7 +32,7 @@ class Weight:
     name: str = ""
     """Name below the module; empty where the module itself is meant."""
     weight_only: bool = False
-    """True if the module reads this weight in a larger computation, so that only the weight can be adapted."""
+    """True if the module computes something of its own with this weight, so that only the weight can be adapted."""
     bias: str = ""
     """Path of the bias that goes with the weight, from the module; empty where there is none."""
     bias_start: int = 0
@@ -91,7 +84,8 @@ def weights_of(module: nn.Module) -> tuple[Weight, ...]:
     if (conv1d := hf_conv1d()) and isinstance(module, conv1d):
         size_in, size_out = module.get_parameter("weight").shape
         layout = TransposedLayout(size_out, size_in)
-        return (Weight(layout, bias="bias", owns_output=type(module).forward is conv1d.forward),)
+        own = not has_known_forward(module, conv1d)
+        return (Weight(layout, weight_only=own, bias="bias", owns_output=type(module).forward is conv1d.forward),)
     return ()
 
 
@@ -99,7 +93,8 @@ def weights_of(module: nn.Module) -> tuple[Weight, ...]:
 def _(module: nn.Linear) -> tuple[Weight, ...]:
     layout = Layout(module.out_features, module.in_features)
     # A subclass may return anything, such as the output of an activation, which the activation's backward reads.
-    return (Weight(layout, bias=_bias(module), owns_output=type(module).forward is nn.Linear.forward),)
+    fresh, own = type(module).forward is nn.Linear.forward, not has_known_forward(module, nn.Linear)
+    return (Weight(layout, weight_only=own, bias=_bias(module), owns_output=fresh),)
 
 
 @weights_of.register
@@ -120,32 +115,13 @@ def _output_scale(module: nn.Embedding) -> float | None:
     kinds = [kind for kind in type(module).__mro__ if "forward" in vars(kind)]
     if kinds[0] is nn.Embedding or is_quantized(module.weight):
         return 1.0
-    name = _scaling_attribute(vars(kinds[0])["forward"]) if kinds[1] is nn.Embedding else None
+    name = scaling_attribute(vars(kinds[0])["forward"]) if kinds[1] is nn.Embedding else None
     scale = None if name is None else getattr(module, name, None)
     if isinstance(scale, Tensor):
         scale = None if scale.is_meta or scale.numel() != 1 else float(scale)
     if not isinstance(scale, (int, float)):
         return None
     return float(torch.tensor(scale, dtype=module.weight.dtype, device="cpu"))  # as the layer rounds it
-
-
-@cache
-def _scaling_attribute(forward: Any) -> str | None:
-    """The attribute that ``forward`` multiplies the looked-up rows with, if that is all that it does.
-
-    A forward may do anything, so it is read, and never run: a run would show what it does to one input alone, and could
-    change the module.
-    """
-    if not isinstance(forward, FunctionType) or hasattr(forward, "__wrapped__"):
-        return None
-    try:
-        (function,) = ast.parse(dedent(inspect.getsource(forward))).body
-    except (OSError, SyntaxError, ValueError):  # written in a console, for one
-        return None
-    *before, last = getattr(function, "body", [function])
-    found = _SCALES.fullmatch(ast.unparse(last))
-    only = all(isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) for line in before)  # a docstring
-    return found["name"] if found and only and not getattr(function, "decorator_list", []) else None
 
 
 @weights_of.register(nn.Conv1d)
@@ -164,7 +140,8 @@ def _(module: Any) -> tuple[Weight, ...]:
         # Read and not computed anew: torch knows what padding="same" comes to.
         tuple(module._reversed_padding_repeated_twice),
     )
-    return (Weight(layout, bias=_bias(module)),)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(module.kernel_size) - 1]
+    return (Weight(layout, weight_only=not has_known_forward(module, kind), bias=_bias(module)),)
 
 
 @weights_of.register

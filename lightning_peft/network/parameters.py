@@ -118,11 +118,11 @@ def unknown_weights(model: nn.Module) -> list[tuple[str, str]]:
 
     They are known by their names, or by a matrix for each of several experts; tables of positions have neither.
     """
-    known = {id(host.module._parameters.get(host.parameter)) for host in find_hosts(model)}
+    known = {(host.path, host.parameter) for host in find_hosts(model)}
     return [
-        (p.full_name, f"no host: {type(p.module).__name__} holds it as {tuple(p.tensor.shape)}")
+        (p.full_name, f"no known layer: {type(p.module).__name__} holds it as {tuple(p.tensor.shape)}")
         for p in find_parameters(model)
-        if p.kinds == {"weight"} and id(p.tensor) not in known and p.part is None and _multiplies(p)
+        if p.kinds == {"weight"} and (p.path, p.name) not in known and p.part is None and _multiplies(p)
     ]
 
 

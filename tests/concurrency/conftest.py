@@ -1,7 +1,7 @@
 """Every method on several kinds of host, called by several threads at once."""
 
 import pytest
-from conformance.conftest import _cells
+from conformance.cells import cells
 
 SHORT = ("bert", "attention_batch_first")
 """The hosts of `make test`; on the second one adapters replace weights, and prefixes the forward."""
@@ -10,7 +10,7 @@ HOSTS = (*SHORT, "llama", "encoder", "cnn", "lstm", "embedding", "attention", "h
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" in metafunc.fixturenames:
-        cells = [cell for cell in _cells() if cell.host.name in HOSTS and not cell.refusal]
+        served = [cell for cell in cells() if cell.host.name in HOSTS and not cell.refusal]
         metafunc.parametrize(
             "cell",
             [
@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                     id=f"{type(cell.method).__name__}-{cell.host.name}",
                     marks=() if cell.host.name in SHORT else pytest.mark.soak,
                 )
-                for cell in cells
+                for cell in served
             ],
         )
     if "load" in metafunc.fixturenames:

@@ -1,20 +1,63 @@
 """One cell of the contract's table: a method on a host."""
 
 import copy
+import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import perturbation
+import pytest
 import torch
-from conformance.hosts import Host
+from conformance.hosts import HOSTS, Host
 from torch import Tensor, nn
 
 from lightning_peft import inject
-from lightning_peft.core.method import Method
+from lightning_peft.core.method import Method, registered_methods
 from lightning_peft.errors import NotApplicableError, TargetError
 from lightning_peft.injection.modules_to_save import resolve_modules_to_save
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "first_method.py"
+
+
+@cache
+def methods() -> list[type[Method]]:
+    """The library's methods and the example's, or those of the one file that is asked for."""
+    asked = os.environ.get("METHOD")
+    own = _imported(Path(asked) if asked else EXAMPLE)
+    rooms = (own.__name__,) if asked else (own.__name__, "lightning_peft.")
+    # Methods that other tests define for their own ends are no part of the library.
+    found = [method for method in registered_methods() if method.__module__.startswith(rooms)]
+    if not found:
+        raise pytest.UsageError(
+            f"{asked} has no method: no concrete subclass of lightning_peft.Method is defined in it. One that lacks a "
+            "method of its base, such as build, is no concrete one."
+        )
+    return found
+
+
+@cache
+def cells() -> list["Cell"]:
+    """Every method on every host."""
+    return [Cell(host, method) for method in methods() for host in HOSTS]
+
+
+def _imported(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise pytest.UsageError(f"METHOD={path} is no file.")
+    name = f"method_in_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path.resolve())
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 class Cell:

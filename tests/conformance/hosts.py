@@ -60,6 +60,48 @@ class BagOfTokens(nn.Module):
         return self.head(self.table(ids).tanh().mean(1))
 
 
+class Dense(nn.Linear):
+    """A linear layer with its activation inside, as schnetpack has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x).tanh()
+
+
+class Standardized(nn.Conv1d):
+    """A convolution with a kernel of mean zero, as BiT has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2), keepdim=True), self.bias)
+
+
+class Offset(nn.Embedding):
+    """Positions behind some reserved ones, as BART has them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.arange(x.shape[1], device=x.device).expand(x.shape) + 2)
+
+
+class Router(nn.Linear):
+    """A linear layer that puts out two things, as Llama 4 has it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = super().forward(x)
+        return logits.sigmoid(), logits
+
+
+class OwnForwards(nn.Module):
+    """Layers that compute something of their own with their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.places = nn.Embedding(11, 9), Offset(9, 9)
+        self.dense, self.conv, self.router = Dense(9, 12), Standardized(12, 8, 3), Router(8, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.dense(self.table(ids) + self.places(ids))
+        return self.router(self.conv(h.transpose(1, 2)).transpose(1, 2))[0]
+
+
 class Convolution(nn.Module):
     """One convolution, and a head that reads its mean."""
 
@@ -185,6 +227,7 @@ HOSTS = [
         lambda: (torch.randn(2, 5, 12), torch.randn(2, 4, 12)),
         soak=True,
     ),
+    Host("own_forwards", OwnForwards, ("dense", "conv", "router", "places"), lambda: (_tokens(11, 3, 5),)),
     Host("bert", tiny_models.bert, _BERT, kwargs=_text),
     Host(
         "bert_one_layer", partial(tiny_models.bert, num_hidden_layers=1), _BERT, kwargs=_text, soak=True, compiled=True

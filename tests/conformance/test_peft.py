@@ -14,6 +14,7 @@ import peft
 import pytest
 import tiny_models
 import torch
+from conformance.cells import methods
 from methods.peft_pairs import ask_peft, peft_calls
 from perturbation import perturb
 from torch import Tensor
@@ -21,7 +22,6 @@ from torch import Tensor
 from lightning_peft import Method, inject, load_adapter, save_adapter
 from lightning_peft.checkpoints.peft.formats import format_of
 from lightning_peft.core.fields import declared_fields, fits
-from lightning_peft.core.method import registered_methods
 
 pytestmark = [
     pytest.mark.compat,
@@ -41,8 +41,8 @@ _OTHER: tuple[Any, ...] = (2, 3, 4.0, 0.5, True, False)  # the first one that fi
 
 
 def _methods() -> Iterator[Any]:
-    for cls in registered_methods():
-        form = format_of(cls) if cls.__module__.startswith("lightning_peft.") else None
+    for cls in methods():
+        form = format_of(cls)
         if form is None:
             continue
         few = {"num_virtual_tokens": 3} if "num_virtual_tokens" in cls.field_names() else {}

@@ -126,7 +126,7 @@ def test_weights_that_no_host_has_are_left_out_and_reported() -> None:
     found = inject(hf.MixtralForCausalLM(config), LoRA(r=2))
     experts = [name for name, _ in found.left_out if "experts" in name]
     assert len(experts) == 4  # two weights a layer
-    assert "left out: model.layers.*.mlp.experts.gate_up_proj (2): no host: MixtralExperts" in " ".join(
+    assert "left out: model.layers.*.mlp.experts.gate_up_proj (2): no known layer: MixtralExperts" in " ".join(
         str(found).split()
     )
     net = nn.ModuleDict({"body": nn.Linear(4, 4), "rnn": nn.LSTM(4, 4), "pair": nn.Bilinear(2, 3, 4)})

@@ -91,7 +91,9 @@ def keeps_texts_apart(model: Any) -> bool:
     try:
         with torch.no_grad(), in_eval(model):
             packed, alone = (
-                model.forward(input_ids=ids[:, cut:], position_ids=positions[:, cut:], use_cache=False).logits
+                type(model)
+                .forward(model, input_ids=ids[:, cut:], position_ids=positions[:, cut:], use_cache=False)
+                .logits
                 for cut in (0, 2)
             )
     except TypeError:  # it knows no positions

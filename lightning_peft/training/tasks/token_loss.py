@@ -132,8 +132,8 @@ def loss_form(model: Any, shifted: bool) -> LossForm:
     handle = head.register_forward_hook(answer)
     try:
         with torch.no_grad(), in_eval(model):
-            # Not by calling it: virtual tokens before a text are cut away behind the model, from copies.
-            output = model.forward(input_ids=ids, labels=ids, use_cache=False)
+            # By its class: virtual tokens before a text would be cut away behind the model, from copies.
+            output = type(model).forward(model, input_ids=ids, labels=ids, use_cache=False)
     finally:
         handle.remove()
     # Where the loss does not shift the labels it is not ours, which are the tokens themselves; but it is nothing else.
