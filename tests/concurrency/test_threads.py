@@ -12,7 +12,8 @@ from conformance.cells import Cell, perturb
 from snapshot import Snapshot
 from torch import Tensor, nn
 
-from lightning_peft import activate, active, disabled, inject, remove, route
+from lightning_peft import activate, active, disabled, inject, merged, remove, route
+from lightning_peft.errors import AdapterNameError, NotMergeableError
 
 Load = tuple[int, float | None, int]
 """Threads, how often they change places (seconds, None for Python's own interval), and forwards of each."""
@@ -135,6 +136,33 @@ def test_state_dicts_and_copies_are_taken_meanwhile(served: Served, load: Load) 
     names = [NAMES[i % 3] for i in range(threads)]
     jobs = [served.job(i, name, times, served.within(name)) for i, name in enumerate(names)]
     together([*jobs, read, duplicate], interval)
+
+
+def test_folding_in_and_blocks_of_others_keep_each_other_out(served: Served, load: Load) -> None:
+    threads, interval, times = load
+    answered, folded = [], []
+
+    def ask(i: int, name: str | None) -> None:
+        for _ in range(times):
+            try:
+                served.job(i, name, 1, served.within(name))()
+            except AdapterNameError as error:
+                assert "is folded into the base" in str(error)
+            else:
+                answered.append(i)
+
+    def fold() -> None:
+        for _ in range(4 * times):
+            try:
+                with merged(served.model, "b"):
+                    folded.append(1)
+            except (AdapterNameError, NotMergeableError):
+                pass
+
+    together([*(partial(ask, i, NAMES[i % 3]) for i in range(threads)), fold], interval)
+    assert answered
+    with served.within("a")(), torch.no_grad():
+        torch.testing.assert_close(served.run(0), served.expected["a", 0])
 
 
 class _Twin:
