@@ -39,12 +39,18 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
     This is a matter of the thread, or asyncio task, that enters the block: others see what they have chosen, or what
     :func:`activate` has set. A backward pass that computes a forward again sees what that saw, wherever it runs. Two
     tasks that ``await`` within blocks on one thread cannot run compiled code in them: it falls back to eager mode, or
-    raises under ``fullgraph=True``; and a model is compiled anew for each set of adapters, up to torch's limit of 8.
+    raises under ``fullgraph=True``. Compiled code sees the blocks that were entered on its own thread, not those of a
+    context that ``asyncio.to_thread`` hands on, and a model is compiled anew for each set of adapters, up to torch's
+    limit of 8. A copy that is made within the block has none.
 
     Raises:
         AdapterNameError: one of them is not there, or one is folded into the base now.
     """
-    entered = [(registry.scopes, Scope(acting)) for _, registry, acting in _choose(model, names)]
+    entered = []
+    for _, registry, acting in _choose(model, names):
+        for slots in registry.slots.values():
+            slots.of(*acting)  # now: compiled code guards on whether it is known
+        entered.append((registry.scopes, Scope(acting)))
     try:
         for scopes, scope in entered:
             scopes.enter(scope)

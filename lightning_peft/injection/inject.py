@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_peft.core.adapter import WeightAdapter
+from lightning_peft.core.adapter import CallAdapter, WeightAdapter
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, PEFTError
 from lightning_peft.injection.freezing import freeze, unfreeze
@@ -16,8 +16,9 @@ from lightning_peft.injection.modules_to_save import plan_modules_to_save, resol
 from lightning_peft.injection.registry import AttachedAdapter, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.injection.report import Report, report
 from lightning_peft.injection.slots import AdapterSlots, named_slots, slot_name
+from lightning_peft.injection.standins import can_stand_in
 from lightning_peft.network.quantized.weights import is_quantized
-from lightning_peft.network.walk import CHILD, leaf, parent
+from lightning_peft.network.walk import CHILD, leaf, module_at, parent
 
 
 def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
@@ -130,9 +131,13 @@ def detach(owner: nn.Module, registry: Registry, name: str) -> None:
     """Do what :func:`remove` does; nothing here fails, also where a host was replaced."""
     # A host that carries nothing any more has no child of ours either: the base is then what it was.
     for path, slots in list(registry.slots.items()):
-        slots.discard(name, owner.get_submodule(path))
+        slots.discard(name)
         if not slots._modules:
-            owner.get_submodule(path)._modules.pop(CHILD, None)
+            place = module_at(owner, path)
+            for module in () if place is None else place.modules():  # it may be wrapped
+                if module._modules.get(CHILD) is slots:
+                    del module._modules[CHILD]
+                    break
             del registry.slots[path]
     del registry.attachments[name]
     registry.active = tuple(active for active in registry.active if active != name)
@@ -189,8 +194,15 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
             raise ConfigError(f"{count} adapters of one name on '{placement[0]}': give each a part of its own.")
     # Now, and not while attaching, which must not fail halfway.
     for own in placements:
+        host = model.get_submodule(own.path)
         if isinstance(own.adapter, WeightAdapter):
-            _check_weights(model.get_submodule(own.path), own, own.adapter.names)
+            _check_weights(host, own, own.adapter.names)
+        if isinstance(own.adapter, (WeightAdapter, CallAdapter)) and not can_stand_in(host):
+            raise NotApplicableError(
+                f"The forward of '{own.path}' ({type(host).__name__}) was replaced by {vars(host)['forward']!r}, which "
+                "holds the module in a way that is not known, so that no other weights can be given to it. Replace it "
+                "by a bound method, or after the adapter was attached."
+            )
     for path in {p.path for p in placements}:
         host = model.get_submodule(path)
         if isinstance(host, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):

@@ -45,5 +45,6 @@ def rename(model: nn.Module, old: str, new: str) -> None:
     for slots in registry.slots.values():
         slots.rename(old, new)
     registry.attachments = {new if name == old else name: a for name, a in registry.attachments.items()}
+    registry.scopes.rename(old, new)
     registry.active = tuple(new if name == old else name for name in registry.active)
     registry.attachments[new].keys = keys_of(owner, {id(adapter) for _, adapter in registry.adapters(new)})

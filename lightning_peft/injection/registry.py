@@ -11,7 +11,7 @@ from lightning_peft.core.method import Method
 from lightning_peft.errors import AdapterNameError, NotApplicableError, did_you_mean
 from lightning_peft.injection.scopes import Scopes
 from lightning_peft.injection.slots import AdapterSlots
-from lightning_peft.network.walk import CHILD, modules_outside
+from lightning_peft.network.walk import CHILD, module_at, modules_outside
 
 _ATTRIBUTE = "_peft_registry"
 
@@ -98,10 +98,10 @@ class Registry:
             NotApplicableError: another module stands in the place of one.
         """
         for path, slots in self.slots.items():
-            try:
-                present = getattr(owner.get_submodule(path), CHILD, None)  # not of its tables: it may be wrapped
-            except AttributeError:
-                present = None
+            host = module_at(owner, path)
+            present = (
+                None if host is None else host._modules.get(CHILD, getattr(host, CHILD, None))
+            )  # it may be wrapped
             if present is not slots:
                 raise NotApplicableError(
                     f"'{path}' was replaced or taken away after an adapter was attached to it, which therefore does "

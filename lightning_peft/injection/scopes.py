@@ -20,7 +20,7 @@ from lightning_peft.errors import AdapterNameError
 _entered: ContextVar[Mapping["Scopes", tuple["Scope", ...]] | None] = ContextVar("lightning_peft_scopes", default=None)
 _is_compiling = torch.compiler.is_dynamo_compiling
 _graph_task = torch._C._current_graph_task_id
-_KEPT = 2**16  # changes that the history of one thread keeps
+_KEPT = 2**12  # changes that the history of one thread keeps
 
 
 @dataclass(eq=False)
@@ -35,6 +35,8 @@ class Scope:
     """Where one host runs for the rows of one adapter: its slots, and the adapter's name."""
     task: int = -1
     """The backward pass in which it was entered; -1 outside of any."""
+    outer: "Scope | None" = None
+    """In compiled code: the block around this one."""
 
 
 @dataclass(eq=False)
@@ -71,7 +73,7 @@ class Scopes:
         self._lock = threading.Lock()  # not on the way of a forward
         self._folds: list[Fold] = []
         self._folder: tuple[int, int] | None = None  # the task that has folded them in
-        self._open: dict[Scope, tuple[int, int]] = {}  # the blocks that are open anywhere, by their tasks
+        self._open: set[Scope] = set()  # the blocks that are open anywhere
         self._mirror = _Mirror()
         self._history: dict[int, list[tuple[int, Scope | None]]] = {}
         self._version = 0  # how often what acts by default has changed
@@ -109,21 +111,22 @@ class Scopes:
             AdapterNameError: an adapter is folded into the base now.
         """
         if _is_compiling():
+            scope.outer = self._mirror.now.get("scope")
             self._mirror.now["scope"] = scope
             return
         if scope.at is None:
             with self._lock:
                 self.check_unfolded()
-                self._open[scope] = running_task()
+                self._open.add(scope)
         scope.task = _graph_task()
         self._change((*self._blocks(), scope), added=(scope,))
 
-    def leave(self, scope: Scope, outer: Scope | None = None) -> None:
-        """Let ``scope`` decide no longer, whichever were entered after it; compiled code is told the ``outer`` one."""
+    def leave(self, scope: Scope) -> None:
+        """Let ``scope`` decide no longer, whichever were entered after it."""
         if _is_compiling():
-            self._mirror.now["scope"] = outer
+            self._mirror.now["scope"] = scope.outer
             return
-        self._open.pop(scope, None)
+        self._open.discard(scope)
         entered = tuple(other for other in self._blocks() if other is not scope)
         self._change(entered, left=(scope,))
 
@@ -139,7 +142,7 @@ class Scopes:
                 self.check_unfolded()
             if name in self.folded:
                 raise AdapterNameError(f"The adapter {name!r} is folded into the base already.")
-            if any(other != task for other in list(self._open.values())):
+            if not self._open <= set(self._blocks()):
                 raise AdapterNameError(
                     f"{name!r} cannot be folded into the base now: other threads or tasks are within active(...), "
                     "disabled(...) or route(...), and would see the base change. Wait for them."
@@ -157,6 +160,12 @@ class Scopes:
                 self._folds[-1].undo()
                 self._folds.pop()
             self.folded = tuple(fold.name for fold in self._folds)
+
+    def rename(self, old: str, new: str) -> None:
+        """Call an adapter by another name in all blocks, those too whose forwards may be computed again."""
+        noted = {scope for history in list(self._history.values()) for _, scope in history if scope is not None}
+        for scope in {*self._open, *noted}:
+            scope.names = tuple(new if name == old else name for name in scope.names)
 
     def check_unfolded(self) -> None:
         """Raise if an adapter is folded into the base for a while.
@@ -203,21 +212,31 @@ class Scopes:
     def _of_forward(self) -> Scope | None:
         """The scope of the forward that a backward pass computes again now."""
         node: Any = torch._C._current_autograd_node()
-        if not self._is_of_version(number := node._sequence_nr()):
-            raise AdapterNameError(
-                "A backward pass computes a forward again (gradient checkpointing), and other adapters were activated "
-                "since. Call backward before activate, or use the block: with active(model, name)."
-            )
+        if node is None:  # a callback of autograd's: nothing is computed again
+            return self._blocks()[-1] if self._blocks() else None
+        number = node._sequence_nr()
         # Numbers count per thread. A backward on the CPU runs on the thread of its forward; elsewhere it can be any.
         own = self._history.get(threading.get_ident())
         among = [own] if own is not None else list(self._history.values())
-        found = {history[max(0, bisect_right(history, number, key=_first) - 1)][1] for history in among}
+        places = [(history, bisect_right(history, number, key=_first) - 1) for history in among]
+        if any(place < 0 for _, place in places):
+            raise AdapterNameError(
+                "A backward pass computes a forward again, and too many blocks of adapters were entered since: call "
+                "backward earlier."
+            )
+        found = {history[place][1] for history, place in places}
         if len(found) > 1:
             raise AdapterNameError(
                 "A backward pass computes a forward again, and several threads had made different adapters act. Call "
                 "backward on the thread of the forward."
             )
-        return found.pop() if found else None
+        scope = found.pop() if found else None
+        if scope is None and not self._is_of_version(number):
+            raise AdapterNameError(
+                "A backward pass computes a forward again (gradient checkpointing), and other adapters were activated "
+                "since. Call backward before activate, or use the block: with active(model, name)."
+            )
+        return scope
 
 
 def running_task() -> tuple[int, int]:

@@ -14,8 +14,9 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.injection.rebinding import rebound
 from lightning_peft.injection.scopes import Scopes
-from lightning_peft.injection.standins import Changes, HeldForward, is_own_forward, leads_to, value_at
+from lightning_peft.injection.standins import Changes, HeldForward, is_own_forward, value_at
 from lightning_peft.network.calls import first_input
 from lightning_peft.network.walk import CHILD, Beside, modules_outside
 
@@ -76,7 +77,7 @@ class AdapterSlots(Beside):
             if "forward" not in self._handles:
                 self._handles["forward"] = HostForward(host, self)
 
-    def discard(self, name: str, host: nn.Module) -> None:
+    def discard(self, name: str) -> None:
         """Drop every slot of adapter ``name``, and the hooks when nothing is left."""
         self.activate(tuple(other for other in self._default if other != name))
         self.drop(lambda slot, _: adapter_name(slot) == name)
@@ -196,11 +197,17 @@ class AdapterSlots(Beside):
         present = vars(host).get("forward")
         if present is not self._handles["forward"] and not _is_compiling():
             acting = self.acting()
-            if (acting.around or acting.weights) and not leads_to(present, self._handles["forward"], host):
+            if (acting.around or acting.weights) and not self._leads_to_own(present, host):
                 raise NotApplicableError(
                     f"The forward of '{self._path}' ({type(host).__name__}) was replaced after an adapter was attached "
                     "to it, which therefore does not act. Replace it first, and inject then."
                 )
+
+    def _leads_to_own(self, forward: Any, host: nn.Module) -> bool:
+        """True if calling ``forward`` comes to the adapters: another library has wrapped what it found."""
+        own = self._handles["forward"]
+        # accelerate keeps the forward that it calls as another attribute of the module.
+        return rebound(forward, own, print) is not forward or any(value is own for value in vars(host).values())
 
     def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         acting = self.acting().after

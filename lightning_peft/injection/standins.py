@@ -7,7 +7,7 @@ after the call, so calls on other threads never meet it.
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import is_
 from types import MethodType
@@ -17,10 +17,12 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import CallAdapter, Run
+from lightning_peft.injection.rebinding import rebound
 
 _TABLES = ("_parameters", "_buffers")
 _MISSING: Any = object()
 _is_compiling = torch.compiler.is_dynamo_compiling
+_REPARAMETRIZATIONS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune")
 _Pair = tuple[nn.Module, nn.Module]
 
 
@@ -39,7 +41,7 @@ class HeldForward:
         self.host, self.holds = host, True
         # Layers of torch's own set nothing on themselves; to look for it after every call would cost a tenth of it.
         self._sets = not type(host).__module__.startswith("torch.nn.modules.")
-        self.before = vars(host).get("forward")  # put there by another library, or for another reason
+        self.before: Any = vars(host).get("forward")  # put there by another library, or for another reason
         vars(host)["forward"] = self
 
     def remove(self) -> None:
@@ -65,6 +67,8 @@ class HeldForward:
         """Call the forward, on a stand-in if there are ``changes``."""
         if changes is not None:
             replaced, around = changes
+            if self.before is not None and not can_stand_in(self.host):  # it holds the module as a global, for one
+                return self._call_flagged(replaced, args, kwargs)
             made = stand_in(self.host, replaced)
             return Run(made, around, self.call_on)(args, kwargs) if around else self.call_on(made, args, kwargs)
         if self.before is None:
@@ -76,7 +80,7 @@ class HeldForward:
         if self.before is None and (not self._sets or _is_compiling()):
             return type(self.host).forward(made, *args, **kwargs)
         forward = (
-            partial(type(self.host).forward, made) if self.before is None else _rebound(self.before, self.host, made)
+            partial(type(self.host).forward, made) if self.before is None else rebound(self.before, self.host, made)
         )
         if _is_compiling():
             return forward(*args, **kwargs)
@@ -93,6 +97,16 @@ class HeldForward:
                 if not _are_same(then, now):  # what stands in place of the module's own is not the module's
                     kept = {name for name in now if then.get(name) is table.get(name)}
                     table.update({name: now[name] for name in kept if now[name] is not table.get(name)})
+
+    def _call_flagged(self, flags: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a forward that takes no stand-in, with other flags on the module itself meanwhile."""
+        own = vars(self.host)
+        before = {name: own[name] for name in flags}
+        own.update(flags)
+        try:
+            return self.before(*args, **kwargs)
+        finally:
+            own.update(before)
 
     def bound_to(self, host: nn.Module) -> "HeldForward":
         """The same for a stand-in of the module."""
@@ -133,6 +147,9 @@ def stand_in(host: nn.Module, replaced: Mapping[str, Any]) -> nn.Module:
                 break
         else:
             own[name] = value
+    for hook in host._forward_pre_hooks.values():
+        if type(hook).__module__ in _REPARAMETRIZATIONS:  # it has made the weight of the host, before this call
+            hook(made, ())
     if isinstance(host, nn.RNNBase):
         # It reads its weights through a list, which it would make anew, and keep, if these are not those that it noted.
         names: list[str] = vars(made)["_flat_weights_names"]
@@ -154,24 +171,6 @@ def _pair_at(path: str, below: dict[str, _Pair]) -> _Pair:
     return below[path]
 
 
-def leads_to(forward: Any, held: HeldForward, host: nn.Module) -> bool:
-    """True if calling ``forward``, the attribute of ``host``, may come to ``held``: another library has wrapped it."""
-    if forward is held:
-        return True
-    parts = [
-        getattr(forward, "__wrapped__", None),
-        getattr(forward, "before", None),
-        getattr(forward, "__self__", None),
-    ]
-    if isinstance(forward, partial):
-        parts += [forward.func, *forward.args, *forward.keywords.values()]
-    function = getattr(forward, "func", forward)
-    for cell in getattr(getattr(function, "__func__", function), "__closure__", None) or ():
-        parts.append(cell.cell_contents)
-    # accelerate keeps the forward that it calls as another attribute of the module.
-    return any(part is held for part in parts) or any(value is held for value in vars(host).values())
-
-
 def value_at(host: nn.Module, path: str) -> Any:
     """The parameter, buffer or plain attribute ``path`` of ``host``."""
     if path in host._parameters:
@@ -179,6 +178,14 @@ def value_at(host: nn.Module, path: str) -> Any:
     at, _, name = path.rpartition(".")
     owner = host._modules[at] if at in host._modules else host.get_submodule(at)
     return next(table for table in (owner._parameters, owner._buffers, vars(owner)) if name in table)[name]  # type: ignore[union-attr]
+
+
+def can_stand_in(host: nn.Module) -> bool:
+    """True unless the forward of ``host`` was replaced by something that cannot be given a stand-in."""
+    forward = vars(host).get("forward")
+    while isinstance(forward, HeldForward):
+        forward = forward.before
+    return forward is None or rebound(forward, host, _shared(host)) is not forward
 
 
 def is_own_forward(host: nn.Module) -> bool:
@@ -191,24 +198,16 @@ def is_own_forward(host: nn.Module) -> bool:
 
 def _shared(module: nn.Module) -> nn.Module:
     made: nn.Module = object.__new__(type(module))  # __init__ would make parameters; FSDP's __new__ another class
-    vars(made).update(vars(module))
+    own = vars(made)
+    own.update(vars(module))
+    if not type(module).__module__.startswith("torch.nn.modules."):
+        # Methods that the module has stored on itself, as accelerate does with the forward that it wraps.
+        for name, value in vars(module).items():
+            if type(value) is MethodType and value.__self__ is module:
+                own[name] = MethodType(value.__func__, made)
     return made
 
 
 def _are_same(then: dict[str, Any], now: dict[str, Any]) -> bool:
     """True if both hold the very same objects under the same names."""
     return len(then) == len(now) and all(map(is_, then.values(), now.values()))
-
-
-def _rebound(forward: Callable[..., Any], host: nn.Module, made: nn.Module) -> Callable[..., Any]:
-    """A forward that another library has bound to ``host``, bound to its stand-in."""
-    if isinstance(forward, HeldForward):
-        return forward.bound_to(made)
-    if isinstance(forward, MethodType) and forward.__self__ is host:
-        return MethodType(forward.__func__, made)
-    if isinstance(forward, partial):
-        for name, value in list(vars(made).items()):  # accelerate keeps the forward that it calls as an attribute
-            if isinstance(value, (MethodType, HeldForward)):
-                vars(made)[name] = _rebound(value, host, made)
-        return partial(forward.func, *(made if value is host else value for value in forward.args), **forward.keywords)
-    return forward

@@ -58,6 +58,15 @@ def has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    """The module at ``path``, None if there is none any more: as ``get_submodule``, and several times faster."""
+    module: nn.Module | None = model
+    for name in path.split(".") if path else ():
+        below = None if module is None else module._modules.get(name)
+        module = getattr(module, name, None) if below is None else below  # a wrapper passes on what it is asked for
+    return module
+
+
 def is_wrapper(module: nn.Module) -> bool:
     """True if torch has put ``module`` around another one."""
     return not _WRAPPERS.isdisjoint(module._modules)

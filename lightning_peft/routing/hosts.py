@@ -172,7 +172,7 @@ class RoutedHost:
             args, kwargs = self.slots.before(self.host, args, kwargs)
             return self.slots.after(self.host, args, kwargs, forward.run(args, kwargs))
         finally:
-            self.scopes.leave(scope, outer)
+            self.scopes.leave(scope)
 
     def _rows(self) -> Assignment:
         """The part of the batch that is being computed."""
