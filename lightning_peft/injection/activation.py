@@ -19,6 +19,7 @@ def activate(model: nn.Module, *names: str) -> None:
         NotApplicableError: a layer was replaced after an adapter was attached to it.
     """
     chosen_ones = _choose(model, names)
+    # Before anything is switched: half a model would act with other adapters than the rest.
     for owner, registry, _ in chosen_ones:
         registry.check_hosts(owner)
     for _, registry, chosen in chosen_ones:

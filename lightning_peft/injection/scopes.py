@@ -126,7 +126,8 @@ class Scopes:
         if _is_compiling():
             self._mirror.now["scope"] = scope.outer
             return
-        self._open.discard(scope)
+        with self._lock:
+            self._open.discard(scope)
         entered = tuple(other for other in self._blocks() if other is not scope)
         self._change(entered, left=(scope,))
 
@@ -147,6 +148,7 @@ class Scopes:
                     f"{name!r} cannot be folded into the base now: other threads or tasks are within active(...), "
                     "disabled(...) or route(...), and would see the base change. Wait for them."
                 )
+            # Under the lock, as blocks are entered: none comes between this and the first weight that is written.
             self._folder = task
             self._folds.append(Fold(name))
             self.folded = tuple(fold.name for fold in self._folds)

@@ -173,6 +173,7 @@ def _check_hooks(slots: AdapterSlots, host: nn.Module, adapter: Adapter) -> None
         between = [*dropwhile(lambda hook: hook != slots.before, host._forward_pre_hooks.values())]
     else:
         return
+    # Hooks of this library only look, or are adapters, whose order is checked elsewhere.
     for hook in between:
         owner = getattr(hook, "__self__", hook)
         if not type(owner).__module__.startswith("lightning_peft."):
