@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lightning_peft.core.adapter import CallAdapter, Run
+from lightning_peft.errors import NotApplicableError
 from lightning_peft.injection.rebinding import rebound
 
 _TABLES = ("_parameters", "_buffers")
@@ -85,11 +86,15 @@ class HeldForward:
         if _is_compiling():
             return forward(*args, **kwargs)
         own, host = vars(made), vars(self.host)
-        begun = own.copy()
+        begun, host_begun = own.copy(), host.copy()
         tables = [(host[table], own[table], own[table].copy()) for table in _TABLES if own[table] is not host[table]]
         try:
             return forward(*args, **kwargs)
         finally:
+            if not _are_same(host_begun, host):
+                self._check_unread(
+                    {name for name in host if host_begun.get(name, _MISSING) is not host[name]}, begun, own
+                )
             # Compared with the stand-in as it was: the module may have been changed by another thread meanwhile.
             if not _are_same(begun, own):
                 host.update({name: value for name, value in own.items() if begun.get(name, _MISSING) is not value})
@@ -107,6 +112,20 @@ class HeldForward:
             return self.before(*args, **kwargs)
         finally:
             own.update(before)
+
+    def _check_unread(self, changed: set[str], begun: dict[str, Any], own: dict[str, Any]) -> None:
+        """Raise if something else has set an attribute of the module during the call that its forward reads.
+
+        Raises:
+            NotApplicableError: it has, such as a hook of a child's: the forward has read what was there before.
+        """
+        code = getattr(inspect.unwrap(type(self.host).forward), "__code__", None)
+        for name in changed & set(code.co_names if code else ()):
+            if own.get(name, _MISSING) is begun.get(name, _MISSING):
+                raise NotApplicableError(
+                    f"A hook has set '{name}' of a {type(self.host).__name__} while its forward, which reads that, ran "
+                    "with other weights and could not see it. Adapt the layers inside of it in place of the whole."
+                )
 
     def bound_to(self, host: nn.Module) -> "HeldForward":
         """The same for a stand-in of the module."""

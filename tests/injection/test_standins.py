@@ -10,7 +10,7 @@ import torch
 from snapshot import Snapshot
 from torch import Tensor, nn
 
-from lightning_peft import LoRA, active, active_adapters, disabled, inject, merged, remove, rename
+from lightning_peft import LoRA, SelectiveTuning, active, active_adapters, disabled, inject, merged, remove, rename
 from lightning_peft.errors import NotApplicableError
 
 
@@ -174,6 +174,40 @@ def test_hooks_that_make_a_weight_make_it_of_what_trains(norm: Callable[[nn.Modu
         torch.testing.assert_close(net(x), 2 * base)
     with disabled(net):
         torch.testing.assert_close(net(x), base)
+
+
+class Pooled(nn.Module):
+    """Reads what a hook of its child has kept on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.block = nn.Parameter(torch.randn(4)), nn.Linear(4, 4)
+        self.block.register_forward_hook(self.keep)
+
+    def keep(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.kept = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x + self.token) + self.kept
+
+
+class Watched(Pooled):
+    """Only others read what is kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x + self.token)
+
+
+def test_what_a_hook_hands_to_the_forward_of_its_parent_is_not_missed_silently() -> None:
+    net, x = nn.Sequential(Pooled()), torch.randn(2, 4)
+    inject(net, SelectiveTuning(parameters=["token"]))
+    with pytest.raises(NotApplicableError, match="A hook has set 'kept' of a Pooled while its forward"):
+        net(x)
+    net = nn.Sequential(Watched())
+    expected = net(x)
+    inject(net, SelectiveTuning(parameters=["token"]))
+    torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(net[0].kept, expected)
 
 
 # Blocks ---------------------------------------------------------------------------------------------------------------
