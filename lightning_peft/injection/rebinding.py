@@ -53,6 +53,11 @@ def rebound(function: Any, old: Any, new: Any, depth: int = _DEPTH) -> Any:
     return twin
 
 
+def holds(function: Any, held: Any) -> bool:
+    """True if ``function`` holds ``held``, as :func:`rebound` finds it."""
+    return rebound(function, held, lambda: None) is not function
+
+
 def _function(function: types.FunctionType, old: Any, new: Any, depth: int) -> types.FunctionType:
     def contents(cell: types.CellType) -> Any:
         try:

@@ -14,7 +14,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.injection.rebinding import rebound
+from lightning_peft.injection.rebinding import holds
 from lightning_peft.injection.scopes import Scopes
 from lightning_peft.injection.standins import Changes, HeldForward, is_own_forward, value_at
 from lightning_peft.network.calls import first_input
@@ -207,7 +207,7 @@ class AdapterSlots(Beside):
         """True if calling ``forward`` comes to the adapters: another library has wrapped what it found."""
         own = self._handles["forward"]
         # accelerate keeps the forward that it calls as another attribute of the module.
-        return rebound(forward, own, print) is not forward or any(value is own for value in vars(host).values())
+        return holds(forward, own) or any(value is own for value in vars(host).values())
 
     def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         acting = self.acting().after
@@ -237,6 +237,10 @@ class HostForward(HeldForward):
     def __init__(self, host: nn.Module, slots: AdapterSlots) -> None:
         super().__init__(host)
         self.slots = slots
+
+    @property
+    def where(self) -> str:
+        return f"'{self.slots._path}' ({super().where})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         kinds = self.slots.acting()

@@ -7,6 +7,8 @@ after the call, so calls on other threads never meet it.
 
 import copy
 import inspect
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
 from operator import is_
@@ -18,20 +20,21 @@ from torch import nn
 
 from lightning_peft.core.adapter import CallAdapter, Run
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.injection.rebinding import rebound
+from lightning_peft.injection.rebinding import holds, rebound
 
 _TABLES = ("_parameters", "_buffers")
 _MISSING: Any = object()
 _is_compiling = torch.compiler.is_dynamo_compiling
 _REPARAMETRIZATIONS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune")
 _Pair = tuple[nn.Module, nn.Module]
+_flagging = threading.RLock()  # of forwards that take no stand-in alone
 
 
 Changes = tuple[Mapping[str, Any], Sequence[CallAdapter]]
 """What a stand-in has in place of the module's own, as :func:`stand_in` takes it, and the adapters around the call."""
 
 
-class HeldForward:
+class HeldForward(ABC):
     """What is called as the forward of a module, in its attribute of that name, until it is removed.
 
     A hook cannot make a module call something else. This is an object and not a bound method: its signature is the
@@ -53,9 +56,14 @@ class HeldForward:
             if self.before is not None:
                 vars(self.host)["forward"] = self.before
 
+    @abstractmethod
     def changes(self) -> Changes | None:
         """What this call is to read in place of the module's own, and what acts around it; None for nothing."""
-        raise NotImplementedError
+
+    @property
+    def where(self) -> str:
+        """The module, for messages."""
+        return type(self.host).__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(args, kwargs)
@@ -104,14 +112,18 @@ class HeldForward:
                     table.update({name: now[name] for name in kept if now[name] is not table.get(name)})
 
     def _call_flagged(self, flags: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a forward that takes no stand-in, with other flags on the module itself meanwhile."""
+        """Call a forward that takes no stand-in, with other flags on the module itself meanwhile.
+
+        One thread at a time: two would each take the other's flags for the module's own.
+        """
         own = vars(self.host)
-        before = {name: own[name] for name in flags}
-        own.update(flags)
-        try:
-            return self.before(*args, **kwargs)
-        finally:
-            own.update(before)
+        with _flagging:
+            before = {name: own[name] for name in flags}
+            own.update(flags)
+            try:
+                return self.before(*args, **kwargs)
+            finally:
+                own.update(before)
 
     def _check_unread(self, changed: set[str], begun: dict[str, Any], own: dict[str, Any]) -> None:
         """Raise if something else has set an attribute of the module during the call that its forward reads.
@@ -123,8 +135,8 @@ class HeldForward:
         for name in changed & set(code.co_names if code else ()):
             if own.get(name, _MISSING) is begun.get(name, _MISSING):
                 raise NotApplicableError(
-                    f"A hook has set '{name}' of a {type(self.host).__name__} while its forward, which reads that, ran "
-                    "with other weights and could not see it. Adapt the layers inside of it in place of the whole."
+                    f"A hook has set '{name}' of {self.where} while its forward, which reads that, ran with other "
+                    "weights and could not see it. Adapt the layers inside of it in place of the whole."
                 )
 
     def bound_to(self, host: nn.Module) -> "HeldForward":
@@ -167,8 +179,12 @@ def stand_in(host: nn.Module, replaced: Mapping[str, Any]) -> nn.Module:
         else:
             own[name] = value
     for hook in host._forward_pre_hooks.values():
-        if type(hook).__module__ in _REPARAMETRIZATIONS:  # it has made the weight of the host, before this call
-            hook(made, ())
+        if type(hook).__module__ in _REPARAMETRIZATIONS:
+            # It has made a weight of the host's parts (weight_g, weight_orig), which is made again of what replaces
+            # these. Only then, since a spectral norm moves its buffers each time.
+            made_of = f"{getattr(hook, 'name', '') or getattr(hook, '_tensor_name', '')}_"
+            if any(path.startswith(made_of) for path in replaced):
+                hook(made, ())
     if isinstance(host, nn.RNNBase):
         # It reads its weights through a list, which it would make anew, and keep, if these are not those that it noted.
         names: list[str] = vars(made)["_flat_weights_names"]
@@ -201,18 +217,21 @@ def value_at(host: nn.Module, path: str) -> Any:
 
 def can_stand_in(host: nn.Module) -> bool:
     """True unless the forward of ``host`` was replaced by something that cannot be given a stand-in."""
-    forward = vars(host).get("forward")
-    while isinstance(forward, HeldForward):
-        forward = forward.before
-    return forward is None or rebound(forward, host, _shared(host)) is not forward
+    forward = _foreign_forward(host)
+    return forward is None or holds(forward, host)
 
 
 def is_own_forward(host: nn.Module) -> bool:
     """True if calling ``host`` runs the forward of its class, and no other library's around it."""
+    return _foreign_forward(host) is None
+
+
+def _foreign_forward(host: nn.Module) -> Any:
+    """What another library has put in place of the forward of ``host``, behind those that are held; None if nothing."""
     forward = vars(host).get("forward")
     while isinstance(forward, HeldForward):
         forward = forward.before
-    return forward is None
+    return forward
 
 
 def _shared(module: nn.Module) -> nn.Module:

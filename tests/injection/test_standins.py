@@ -10,7 +10,18 @@ import torch
 from snapshot import Snapshot
 from torch import Tensor, nn
 
-from lightning_peft import LoRA, SelectiveTuning, active, active_adapters, disabled, inject, merged, remove, rename
+from lightning_peft import (
+    BitFit,
+    LoRA,
+    SelectiveTuning,
+    active,
+    active_adapters,
+    disabled,
+    inject,
+    merged,
+    remove,
+    rename,
+)
 from lightning_peft.errors import NotApplicableError
 
 
@@ -201,13 +212,23 @@ class Watched(Pooled):
 def test_what_a_hook_hands_to_the_forward_of_its_parent_is_not_missed_silently() -> None:
     net, x = nn.Sequential(Pooled()), torch.randn(2, 4)
     inject(net, SelectiveTuning(parameters=["token"]))
-    with pytest.raises(NotApplicableError, match="A hook has set 'kept' of a Pooled while its forward"):
+    with pytest.raises(NotApplicableError, match=r"A hook has set 'kept' of '0' \(Pooled\) while its forward"):
         net(x)
     net = nn.Sequential(Watched())
     expected = net(x)
     inject(net, SelectiveTuning(parameters=["token"]))
     torch.testing.assert_close(net(x), expected)
     torch.testing.assert_close(net[0].kept, expected)
+
+
+def test_a_spectral_norm_moves_once_where_only_the_bias_trains() -> None:
+    plain, net = (Net(nn.utils.spectral_norm(nn.Linear(4, 3))) for _ in range(2))
+    x = torch.randn(2, 4)
+    net.load_state_dict(plain.state_dict())
+    inject(net, BitFit(target_modules=["head"], modules_to_save=None))
+    for model in (plain, net):
+        model.train()(x)
+    torch.testing.assert_close(net.head.weight_u, plain.head.weight_u)
 
 
 # Blocks ---------------------------------------------------------------------------------------------------------------
