@@ -14,6 +14,7 @@ from lightning_peft.checkpoints.guard import limit_allocation
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.injection.inject import Injection, plan_injection
+from lightning_peft.injection.reads import ReadWeights
 from lightning_peft.network.pretrained import pretrained_models
 from lightning_peft.network.walk import below, plain_name
 
@@ -62,6 +63,7 @@ def differing_place(recorded: Iterable[str], placements: Sequence[Placement]) ->
     return min((place for place in differing if place.partition(":")[2] not in empty), default="")
 
 
-def without_fully_trained(placements: Iterable[Placement]) -> list[Placement]:
-    """The method's own placements, without the copies of modules that are fully trained (modules_to_save)."""
-    return [placement for placement in placements if not isinstance(placement.adapter, FullyTrainedParameters)]
+def own_placements(placements: Iterable[Placement]) -> list[Placement]:
+    """The method's own placements: no copies of modules that are fully trained (modules_to_save), and no readers."""
+    others = FullyTrainedParameters, ReadWeights
+    return [placement for placement in placements if not isinstance(placement.adapter, others)]

@@ -61,7 +61,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     else:
         config, tensors = to_files(form, fully_trained, network)
         if not form.exact:
-            trained = {key: view.value() for key, view in own_views(loading.without_fully_trained(placements)).items()}
+            trained = {key: view.value() for key, view in own_views(loading.own_placements(placements)).items()}
     base = fingerprint(owner, root, fully_trained)
     manifest = {
         "method": attachment.method.to_config(),
@@ -121,8 +121,8 @@ def _from_peft(model: nn.Module, directory: Directory, name: str) -> Injection:
     if form is None:
         raise CheckpointError(
             f"What peft computes with {directory.path} is not what {type(method).__name__} computes on these layers "
-            "(convolutions with dilation, groups or another padding, or attention weights). Merge the adapter with "
-            "peft (merge_and_unload) and load the merged model."
+            "(convolutions with dilation, groups or another padding, or weights that another module reads). Merge the "
+            "adapter with peft (merge_and_unload) and load the merged model."
         )
     fill(form, tensors, network, exact=False)  # many are kept in 16 bits
     return injection
@@ -151,7 +151,7 @@ def _from_manifest(
     tensors = strip(directory.tensors)
     if not form.exact:
         # Of the method, peft's file has only what was computed from these: its fully trained modules alone are read.
-        fill_own(loading.without_fully_trained(placements), directory.trained or {})
+        fill_own(loading.own_placements(placements), directory.trained or {})
         computed = {key for key in form.tensors if not within(key, fully_trained)}
         tensors = {key: tensor for key, tensor in tensors.items() if key not in computed}
         form = replace(form, tensors={key: view for key, view in form.tensors.items() if key not in computed})

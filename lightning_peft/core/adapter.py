@@ -185,11 +185,22 @@ class WeightAdapter(Adapter):
     For hosts that read a weight themselves (``nn.MultiheadAttention``), and for methods that live in weight space.
     """
 
+    computed_when_read: bool = False
+    """True if the host may do without what it costs to compute."""
     names: tuple[str, ...]
     """Paths of the replaced parameters and buffers from the host, such as ``("out_proj.weight",)``."""
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: self(parameters[name], name) for name in self.names}
+
+
+def in_merge_order(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """The order in which adapters of one host fold: the weights' own, what is behind the host, what is before it."""
+    weights, calls, outputs, inputs = (
+        [a for a in adapters if isinstance(a, kind)]
+        for kind in (WeightAdapter, CallAdapter, OutputAdapter, InputAdapter)
+    )
+    return [*weights, *calls, *outputs, *reversed(inputs)]  # others act through these
 
 
 def adapter_dtype(weight: Tensor) -> torch.dtype:

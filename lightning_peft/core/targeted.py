@@ -97,8 +97,8 @@ class LayerMethod(TargetedMethod):
         if host.weight_only and getattr(self, field):
             raise NotApplicableError(
                 f"{type(self).__name__}.{field}={getattr(self, field)} cannot act on '{host.name}': "
-                f"{type(host.module).__name__} computes something of its own with that weight, so there is no input to "
-                "drop from. "
+                f"{type(host.module).__name__}, or a module above it, computes something of its own with that weight, "
+                "so there is no input to drop from. "
                 f"Set {field}=0 or exclude it (exclude_modules)."
             )
 
@@ -121,7 +121,8 @@ class LayerMethod(TargetedMethod):
                 if host.weight_only and isinstance(adapter, OutputAdapter):
                     raise NotApplicableError(
                         f"{type(self).__name__} acts on what a layer puts out, and '{host.name}' puts out nothing of "
-                        f"its own: {type(host.module).__name__} computes something with that weight itself. Exclude it."
+                        f"its own: {type(host.module).__name__}, or a module above it, computes something with that "
+                        "weight itself. Exclude it."
                     )
                 placements.append(Placement(host.path, adapter, host.part))
             except ConfigError as error:

@@ -13,12 +13,14 @@ from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, PEFTError
 from lightning_peft.injection.freezing import freeze, unfreeze
 from lightning_peft.injection.modules_to_save import plan_modules_to_save, resolve_modules_to_save
+from lightning_peft.injection.reads import plan_reads
 from lightning_peft.injection.registry import AttachedAdapter, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.injection.report import Report, report
 from lightning_peft.injection.slots import AdapterSlots, named_slots, slot_name
 from lightning_peft.injection.standins import can_stand_in
 from lightning_peft.network.quantized.weights import is_quantized
-from lightning_peft.network.walk import CHILD, leaf, module_at, parent
+from lightning_peft.network.reads import reads_of
+from lightning_peft.network.walk import CHILD, base_modules, leaf, module_at, parent
 
 
 def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
@@ -81,6 +83,7 @@ def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
             f"There is no memory for the adapters of {method} in {type(model).__name__} ({error}). Choose smaller ones."
         ) from error
     placements = [*plan.placements, *plan_modules_to_save(model, fully_trained)]
+    placements += plan_reads(model, placements)
     _check_hosts(model, placements)
     return Injection(name, method, tuple(fully_trained), tuple(placements), tuple(plan.left_out), tuple(plan.notes))
 
@@ -193,8 +196,14 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
         if count > 1:
             raise ConfigError(f"{count} adapters of one name on '{placement[0]}': give each a part of its own.")
     # Now, and not while attaching, which must not fail halfway.
+    only_read = {id(below) for _, module in base_modules(model) for read, below in reads_of(module) if read.only}
     for own in placements:
         host = model.get_submodule(own.path)
+        if id(host) in only_read and not isinstance(own.adapter, WeightAdapter):
+            raise NotApplicableError(
+                f"{type(own.adapter).__name__} acts where '{own.path}' ({type(host).__name__}) is called, and it never "
+                "is: a module above reads its weights. Leave it out (exclude_modules)."
+            )
         if isinstance(own.adapter, WeightAdapter):
             _check_weights(host, own, own.adapter.names)
         if isinstance(own.adapter, (WeightAdapter, CallAdapter)) and not can_stand_in(host):

@@ -6,6 +6,7 @@ where one adapter needs several slots on one host, the others are ``default:<par
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.injection.lazy import Later
 from lightning_peft.injection.rebinding import holds
 from lightning_peft.injection.scopes import Scopes
 from lightning_peft.injection.standins import Changes, HeldForward, is_own_forward, value_at
@@ -257,8 +259,14 @@ class HostForward(HeldForward):
         made: dict[str, Any] = {}
         for adapter in kinds.weights:
             for path in adapter.names:
-                made[path] = adapter(made[path] if path in made else value_at(self.host, path), path)
+                value = made[path] if path in made else value_at(self.host, path)
+                later = adapter.computed_when_read and not _is_compiling()
+                made[path] = Later(partial(_changed, adapter, value, path)) if later else adapter(value, path)
         return made, kinds.around
+
+
+def _changed(adapter: WeightAdapter, value: Any, path: str) -> Any:
+    return adapter(value.compute() if isinstance(value, Later) else value, path)
 
 
 def adapter_name(slot: str) -> str:

@@ -20,9 +20,12 @@ from torch import nn
 
 from lightning_peft.core.adapter import CallAdapter, Run
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.injection.lazy import Later, LazyTable
 from lightning_peft.injection.rebinding import holds, rebound
+from lightning_peft.network.walk import CHILD
 
 _TABLES = ("_parameters", "_buffers")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _MISSING: Any = object()
 _is_compiling = torch.compiler.is_dynamo_compiling
 _REPARAMETRIZATIONS = ("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm", "torch.nn.utils.prune")
@@ -162,7 +165,8 @@ def stand_in(host: nn.Module, replaced: Mapping[str, Any]) -> nn.Module:
 
     Args:
         host: the module; it is only read.
-        replaced: new values by path from the host: ``weight``, ``out_proj.weight``, ``training``.
+        replaced: new values by path from the host: ``weight``, ``out_proj.weight``, ``training``. Those that come
+            :class:`Later` are computed when they are read.
     """
     made = _shared(host)
     below: dict[str, _Pair] = {"": (host, made)}
@@ -174,6 +178,8 @@ def stand_in(host: nn.Module, replaced: Mapping[str, Any]) -> nn.Module:
             if name in own[table]:
                 if own[table] is vars(module)[table]:
                     own[table] = own[table].copy()
+                if type(value) is Later and type(own[table]) is dict:
+                    own[table] = LazyTable(own[table])
                 own[table][name] = value
                 break
         else:
@@ -193,16 +199,18 @@ def stand_in(host: nn.Module, replaced: Mapping[str, Any]) -> nn.Module:
     return made
 
 
-def _pair_at(path: str, below: dict[str, _Pair]) -> _Pair:
-    """A module below a host and its stand-in; the modules on the way to it have stand-ins then, too."""
+def _pair_at(path: str, below: dict[str, _Pair], passed: bool = False) -> _Pair:
+    """A module below a host and its stand-in; the modules that are passed on the way to it have stand-ins then, too."""
     at, _, name = path.rpartition(".")
-    module, twin = below[at] if at in below else _pair_at(at, below)
+    module, twin = below[at] if at in below else _pair_at(at, below, passed=True)
     own = vars(twin)
     if own["_modules"] is vars(module)["_modules"]:
         own["_modules"] = own["_modules"].copy()
     child = own["_modules"][name]
     below[path] = child, _shared(child)
     own["_modules"][name] = below[path][1]
+    if passed or CHILD in child._modules:  # only read: adapters at and in the module itself act where that is called
+        vars(below[path][1]).update({**{name: {} for name in _HOOKS}, "forward": child})
     return below[path]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _global_forward_hooks
 
-from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter
+from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter, in_merge_order
 from lightning_peft.errors import NotMergeableError
 from lightning_peft.injection.registry import Registry, find_adapter
 from lightning_peft.injection.slots import AdapterSlots, adapter_name
@@ -73,7 +73,7 @@ def plan_merge(
         values = _Widened(before, host, dequantize)
         changed: dict[str, Tensor] = {}
         try:
-            for adapter in _in_order(adapters):
+            for adapter in in_merge_order(adapters):
                 made = adapter.merge(values)
                 _check_order(registry.slots[path], name, adapter, made.keys())
                 if not ignore_hooks:
@@ -199,15 +199,6 @@ def _depends(adapter: Adapter, other: Adapter, changed: Set[str], first: bool) -
     if isinstance(adapter, InputAdapter):  # an output adapter reads what the input adapters have made
         return isinstance(other, OutputAdapter) or (isinstance(other, InputAdapter) and not first)
     return first and isinstance(adapter, OutputAdapter) and isinstance(other, OutputAdapter)
-
-
-def _in_order(adapters: list[Adapter]) -> list[Adapter]:
-    """The order in which to fold: the weights' own, what comes behind the host, then, backwards, what is before it."""
-    weights, calls, outputs, inputs = (
-        [a for a in adapters if isinstance(a, kind)]
-        for kind in (WeightAdapter, CallAdapter, OutputAdapter, InputAdapter)
-    )
-    return [*weights, *calls, *outputs, *reversed(inputs)]  # others act through these
 
 
 def _by_host(registry: Registry, name: str) -> dict[str, list[Adapter]]:

@@ -18,6 +18,7 @@ from lightning_peft.components.rescaled import Rescaled, RescaledOutput, squared
 from lightning_peft.core.adapter import Adapter, WeightAdapter
 from lightning_peft.core.peft_table import PeftTable
 from lightning_peft.errors import NotApplicableError
+from lightning_peft.kernels.low_rank import is_recorded
 from lightning_peft.network.hosts import Host
 from lightning_peft.network.quantized.weights import is_quantized, plain_weight
 
@@ -66,7 +67,8 @@ class DoRAOutput(RescaledOutput):
             return merged
         # What another part of this adapter has added to the bias is rescaled, as it is in the output.
         own, bias = own.to(weight.dtype), parameters[self._bias]
-        return merged if torch.equal(bias, own) else {**merged, self._bias: own + c * (bias - own)}
+        unchanged = not is_recorded() and torch.equal(bias, own)
+        return merged if unchanged else {**merged, self._bias: own + c * (bias - own)}
 
     def peft_tensors(self) -> dict[str, Tensor]:
         factors, m = super().peft_tensors(), self.layout.channels(self.lora_magnitude_vector.detach())

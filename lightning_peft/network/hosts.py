@@ -18,6 +18,7 @@ from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.forwards import has_known_forward, scaling_attribute
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
 from lightning_peft.network.quantized.weights import is_quantized
+from lightning_peft.network.reads import reads_of
 from lightning_peft.network.walk import base_modules, join, parent
 from lightning_peft.optional import hf_conv1d
 
@@ -32,7 +33,8 @@ class Weight:
     name: str = ""
     """Name below the module; empty where the module itself is meant."""
     weight_only: bool = False
-    """True if the module computes something of its own with this weight, so that only the weight can be adapted."""
+    """True if the module, or one above it, computes something of its own with this weight, so that only the weight can
+    be adapted."""
     bias: str = ""
     """Path of the bias that goes with the weight, from the module; empty where there is none."""
     bias_start: int = 0
@@ -171,7 +173,9 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
         NotApplicableError: a lazy layer has no weight yet.
     """
     claimed: set[int] = set()
+    only_read: set[int] = set()  # by a module above, which comes first
     for path, module in base_modules(model):
+        only_read.update(id(below) for read, below in reads_of(module) if read.only)
         for name, parameter in module._parameters.items():
             if isinstance(parameter, UninitializedParameter):
                 raise NotApplicableError(
@@ -184,4 +188,6 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
             # A child whose weight its parent reads never runs, so it is no host of its own.
             if owner := parent(weight.parameter):
                 claimed.add(id(module.get_submodule(owner)))
-            yield Host(**{**vars(weight), "name": join(path, weight.name)}, path=path, module=module)
+            alone = weight.weight_only or id(module) in only_read
+            own = {**vars(weight), "name": join(path, weight.name), "weight_only": alone}
+            yield Host(**own, path=path, module=module)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_peft.errors import NotApplicableError
-from lightning_peft.network.hosts import find_hosts
+from lightning_peft.network.hosts import find_hosts, weights_of
 from lightning_peft.network.norms import is_norm
 from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.walk import base_modules, join, leaf, parent, within
@@ -84,15 +84,15 @@ def readers(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]
 def read_parameters(module: nn.Module) -> tuple[str, ...]:
     """Paths of the parameters and persistent buffers that the forward of ``module`` itself reads.
 
-    Its own, and the parameters of children whose forward never runs: lists and dictionaries of parameters, and the
-    ``out_proj`` of ``nn.MultiheadAttention``.
+    Its own, and those of children that it counts as its own: lists and dictionaries of parameters, and what holds a
+    weight of its (``out_proj`` of ``nn.MultiheadAttention``).
     """
     owned = [name for name, _ in module.named_parameters(recurse=False)]
     transient = module._non_persistent_buffers_set
     owned += [name for name, _ in module.named_buffers(recurse=False) if name not in transient]
+    holding = {parent(weight.parameter) for weight in weights_of(module)}
     for child, part in module.named_children():
-        attention = isinstance(module, nn.MultiheadAttention) and child == "out_proj"
-        if attention or isinstance(part, (nn.ParameterList, nn.ParameterDict)):
+        if child in holding or isinstance(part, (nn.ParameterList, nn.ParameterDict)):
             owned += [f"{child}.{name}" for name, _ in part.named_parameters(recurse=False)]
     return tuple(owned)
 

@@ -216,8 +216,8 @@ def with_shifted_positions(call: Call, amount: int) -> tuple[Call, Tensor]:
 
 
 def is_cache(value: Any) -> bool:
-    """True for a cache of transformers, or one layer of it: both can select rows of a batch."""
-    return hasattr(type(value), "batch_select_indices")
+    """True for a cache of transformers, or one layer of it, recurrent or not: all can reorder the rows of a batch."""
+    return hasattr(type(value), "reorder_cache")
 
 
 def _counts_tokens(value: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_peft import inject
 from lightning_peft.core.method import Method, registered_methods
 from lightning_peft.errors import NotApplicableError, TargetError
-from lightning_peft.injection.modules_to_save import resolve_modules_to_save
+from lightning_peft.injection.inject import plan_injection
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "first_method.py"
 
@@ -70,9 +70,7 @@ class Cell:
     def refusal(self) -> str:
         """Why the method does not apply to the host; empty where it does."""
         try:
-            self.method.plan(
-                self.host.network(), resolve_modules_to_save(self.host.network(), self.method.modules_to_save)
-            )
+            plan_injection(self.host.network(), self.method, "default")
         except NotApplicableError as error:
             return str(error)
         return ""

@@ -102,6 +102,22 @@ class OwnForwards(nn.Module):
         return self.router(self.conv(h.transpose(1, 2)).transpose(1, 2))[0]
 
 
+class ReadLayers(nn.Module):
+    """Reads weights of layers below: of one that it calls too, as Whisper its embedding, and of others alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm = nn.Embedding(11, 8), nn.LayerNorm(8)
+        self.layers, self.kernel = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.norm(self.table(ids)).transpose(1, 2)
+        h = nn.functional.conv1d(h, self.kernel.weight, self.kernel.bias, padding=1).tanh().transpose(1, 2)
+        for i in range(2):  # the cosine of each feature with its weights
+            h = nn.functional.linear(h, nn.functional.normalize(self.layers[i].weight), self.layers[i].bias)
+        return h @ self.table.weight.T
+
+
 class Convolution(nn.Module):
     """One convolution, and a head that reads its mean."""
 
@@ -228,6 +244,7 @@ HOSTS = [
         soak=True,
     ),
     Host("own_forwards", OwnForwards, ("dense", "conv", "router", "places"), lambda: (_tokens(11, 3, 5),)),
+    Host("read_layers", ReadLayers, ("table", "kernel", "layers.0", "layers.1"), lambda: (_tokens(11, 3, 5),)),
     Host("bert", tiny_models.bert, _BERT, kwargs=_text),
     Host(
         "bert_one_layer", partial(tiny_models.bert, num_hidden_layers=1), _BERT, kwargs=_text, soak=True, compiled=True

@@ -100,5 +100,5 @@ def test_a_router_that_puts_out_two_things_is_adapted_by_its_weight() -> None:
 
 
 def test_what_has_no_input_of_its_own_has_none_to_drop_from() -> None:
-    with pytest.raises(NotApplicableError, match=r"LoRA\.dropout=0\.1 cannot act on '0': Doubled computes"):
+    with pytest.raises(NotApplicableError, match=r"LoRA\.dropout=0\.1 cannot act on '0': Doubled, or a module above"):
         inject(nn.Sequential(Doubled(2, 2)), LoRA(r=2, dropout=0.1))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_peft.checkpoints.loading import without_fully_trained
+from lightning_peft.checkpoints.loading import own_placements
 from lightning_peft.checkpoints.peft.formats import PeftFormat, format_of
 from lightning_peft.checkpoints.peft.state import CONFIG, PEFT_VERSION, PROMPT, PeftFile, PeftState, listed
 from lightning_peft.checkpoints.tensors import check_tensors, view_of
@@ -44,7 +44,7 @@ def form_of(method: Method, placements: Sequence[Placement], model: nn.Module) -
         placements: all of its adapters, at their places in ``model``.
         model: the network that peft would wrap.
     """
-    own = without_fully_trained(placements)
+    own = own_placements(placements)
     written = format_of(type(method))
     form = written.to_peft(method, own, model) if written and own else None
     if form is None or any(key.startswith(".") for key in form.tensors):  # the network itself is the adapted layer
