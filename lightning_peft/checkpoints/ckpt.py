@@ -15,8 +15,8 @@ from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, CheckpointError
 from lightning_peft.injection.inject import Injection, attach
 from lightning_peft.injection.modules_to_save import resolve_modules_to_save
+from lightning_peft.injection.names import owner_of
 from lightning_peft.injection.registry import registries
-from lightning_peft.injection.slots import owner_of
 from lightning_peft.network.walk import join, outermost, plain_name
 
 METADATA_KEY = "lightning_peft"

@@ -44,6 +44,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     _, owner, registry = find_adapter(model, name)
     registry.scopes.check_unfolded()
     registry.check_hosts(owner)
+    registry.watch.check(owner)
     attachment = registry.attachments[name]
     placements = [Placement(place, adapter, part) for place, part, adapter in registry.parts(name)]
     whole = [plain_name(place) for place in attachment.fully_trained]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_peft.components.tuned import TunedParameters
 from lightning_peft.core.method import Placement
 from lightning_peft.errors import AdapterKeyError, BaseMismatchError, CheckpointError, did_you_mean
-from lightning_peft.injection.slots import slot_name
+from lightning_peft.injection.names import slot_name
 from lightning_peft.network.walk import CHILD, join
 
 

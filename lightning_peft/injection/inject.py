@@ -13,10 +13,12 @@ from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, PEFTError
 from lightning_peft.injection.freezing import freeze, unfreeze
 from lightning_peft.injection.modules_to_save import plan_modules_to_save, resolve_modules_to_save
+from lightning_peft.injection.names import slot_name
 from lightning_peft.injection.reads import plan_reads
 from lightning_peft.injection.registry import AttachedAdapter, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.injection.report import Report, report
-from lightning_peft.injection.slots import AdapterSlots, named_slots, slot_name
+from lightning_peft.injection.running import RunWatch
+from lightning_peft.injection.slots import AdapterSlots, named_slots
 from lightning_peft.injection.standins import can_stand_in
 from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.reads import reads_of
@@ -94,6 +96,7 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
     if not registry.attachments:
         freeze(model, registry)
         set_registry(model, registry)
+        registry.watch = RunWatch(model, registry)
     added: set[int] = set()
     for placement in injection.placements:
         host = model.get_submodule(placement.path)
@@ -113,6 +116,7 @@ def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:
         notes=injection.notes,
         trains=acts,
     )
+    registry.watch.start(model)
     if acts:
         registry.scopes.default_changes()
         registry.activate((*registry.active, name))

@@ -13,9 +13,10 @@ from lightning_peft.core.adapter import Adapter, Reference, WeightAdapter, in_me
 from lightning_peft.core.method import Placement
 from lightning_peft.core.recipes import Recipe
 from lightning_peft.errors import NotMergeableError
+from lightning_peft.injection.slots import AdapterSlots
 from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.reads import reads_of
-from lightning_peft.network.walk import base_modules, join, leaf, parent
+from lightning_peft.network.walk import CHILD, base_modules, join, leaf, parent
 
 READS = "reads"
 """The part of what acts at a reader."""
@@ -45,6 +46,8 @@ class ReadWeights(WeightAdapter):
 
     def forward(self, weight: Tensor, name: str) -> Tensor:
         layer, own = self.layers[parent(name)].module, leaf(name)
+        if isinstance(slots := layer._modules.get(CHILD), AdapterSlots):
+            slots.note_run()
         held = {**layer._parameters, **layer._buffers, own: weight}
         # In at least fp32, as merge wants them: rounded once.
         tensors = {key: _widened(tensor) for key, tensor in held.items() if tensor is not None}

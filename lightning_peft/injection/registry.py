@@ -48,6 +48,8 @@ class Registry:
     """Names of the base parameters that trained before they were frozen."""
     handles: list[Any] = field(default_factory=list)
     """Hooks on the base that go with the last adapter."""
+    watch: Any = None
+    """What sees whether hosts run (:class:`~lightning_peft.injection.running.RunWatch`)."""
     noted: dict[int, Any] = field(default_factory=dict)
     """What shows routes the rows that a module is called with, by the module's id."""
 

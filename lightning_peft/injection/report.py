@@ -1,6 +1,5 @@
 """What was injected, what trains and what is frozen, as data and as a table for the screen."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 from lightning_peft.components.tuned import FullyTrainedParameters
 from lightning_peft.injection.registry import registries
 from lightning_peft.network.quantized.weights import packed_sizes
-from lightning_peft.network.walk import base_children, base_modules, join, within
+from lightning_peft.network.walk import base_children, base_modules, join, starred, within
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Report:
         parts.add_column("State")
         for part in self.parts:
             parts.add_row(part.path, f"{part.parameters:,}", part.state)
-        left_out = Counter((_starred(name), reason) for name, reason in self.left_out)
+        left_out = Counter((starred(name), reason) for name, reason in self.left_out)
         lines = [
             Text(f"left out: {name}{f' ({count})' if count > 1 else ''}: {reason}")
             for (name, reason), count in left_out.items()
@@ -96,17 +95,12 @@ class Report:
         count: Counter[tuple[str, str, str]] = Counter()
         trainable: Counter[tuple[str, str, str]] = Counter()
         for row in self.hosts:
-            pattern = _starred(row.host) or "(the whole model)"
+            pattern = starred(row.host) or "(the whole model)"
             key = (pattern, row.host_type, f"{row.adapter}: {row.adapter_type}" if several else row.adapter_type)
             count[key] += 1
             trainable[key] += row.trainable
         for key, number in count.items():
             yield key, number, trainable[key]
-
-
-def _starred(path: str) -> str:
-    """``path`` with a star for each number of a layer."""
-    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
 def report(model: nn.Module) -> Report:

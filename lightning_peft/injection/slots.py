@@ -16,6 +16,7 @@ from torch.nn.modules.module import _global_forward_hooks
 from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.injection.lazy import Later
+from lightning_peft.injection.names import adapter_name, part_name, slot_name
 from lightning_peft.injection.rebinding import holds
 from lightning_peft.injection.scopes import Scopes
 from lightning_peft.injection.standins import Changes, HeldForward, is_own_forward, value_at
@@ -51,12 +52,14 @@ class AdapterSlots(Beside):
     _parts: dict[str, dict[str, Adapter]]  # by the adapter's name, and by part
     _kinds: dict[tuple[str, ...], Kinds]  # of adapters together, made when they are first wanted
     _acting: Kinds  # those of the default
+    ran: bool
+    """True if the host has run, or its weights were read, since that was last asked for."""
 
     def __init__(self, path: str = "", scopes: Scopes | None = None) -> None:
         super().__init__()
         # Not by assignment, which nn.Module makes slow, here as in :meth:`activate`: there is one for each layer.
         vars(self).update(_path=path, _scopes=scopes or Scopes(), _default=(), _acting=_NONE)
-        vars(self).update(_handles={}, _parts={}, _kinds={})
+        vars(self).update(_handles={}, _parts={}, _kinds={}, ran=False)
 
     def add(self, slot: str, adapter: Adapter, host: nn.Module) -> None:
         """Put ``adapter`` at ``slot``. It stays inactive until :meth:`activate`."""
@@ -186,9 +189,15 @@ class AdapterSlots(Beside):
     # The hooks -------------------------------------------------------------------------------------------------------
 
     def before(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.note_run()
         for adapter in self.acting().before:
             args, kwargs = adapter(args, kwargs)
         return args, kwargs
+
+    def note_run(self) -> None:
+        """Note that the host runs. Once noted this costs a look; threads all note the same."""
+        if not _is_compiling() and not self.ran:
+            vars(self)["ran"] = True
 
     def check_forward(self, host: nn.Module, args: tuple[Any, ...]) -> None:
         """Raise if the host's forward is no longer run with its adapters.
@@ -196,6 +205,7 @@ class AdapterSlots(Beside):
         Raises:
             NotApplicableError: somebody has put another one in its place.
         """
+        self.note_run()
         present = vars(host).get("forward")
         if present is not self._handles["forward"] and not _is_compiling():
             acting = self.acting()
@@ -212,6 +222,7 @@ class AdapterSlots(Beside):
         return holds(forward, own) or any(value is own for value in vars(host).values())
 
     def after(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        self.note_run()
         acting = self.acting().after
         if not acting:
             return output
@@ -267,27 +278,6 @@ class HostForward(HeldForward):
 
 def _changed(adapter: WeightAdapter, value: Any, path: str) -> Any:
     return adapter(value.compute() if isinstance(value, Later) else value, path)
-
-
-def adapter_name(slot: str) -> str:
-    """The adapter that a slot belongs to: ``"default"`` of ``"default:out_proj"``."""
-    return slot.partition(":")[0]
-
-
-def owner_of(key: str) -> tuple[str, str] | None:
-    """The path of the host and the adapter's name, of the name of an adapter's tensor; None for a name of the base."""
-    host, found, rest = f".{key}".partition(f".{CHILD}.")
-    return (host[1:], adapter_name(rest.partition(".")[0])) if found else None
-
-
-def part_name(slot: str) -> str:
-    """Which of an adapter's several on one host it is: ``"out_proj"`` of ``"default:out_proj"``, else empty."""
-    return slot.partition(":")[2]
-
-
-def slot_name(name: str, part: str) -> str:
-    """The slot of one part of adapter ``name``; an adapter of a single part has none."""
-    return f"{name}:{part}" if part else name
 
 
 def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:

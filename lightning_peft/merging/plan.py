@@ -10,8 +10,9 @@ from torch.nn.modules.module import _global_forward_hooks
 
 from lightning_peft.core.adapter import Adapter, CallAdapter, InputAdapter, OutputAdapter, WeightAdapter, in_merge_order
 from lightning_peft.errors import NotMergeableError
+from lightning_peft.injection.names import adapter_name
 from lightning_peft.injection.registry import Registry, find_adapter
-from lightning_peft.injection.slots import AdapterSlots, adapter_name
+from lightning_peft.injection.slots import AdapterSlots
 from lightning_peft.network.quantized.weights import is_quantized, plain_dtype, quantized
 from lightning_peft.network.walk import base_tensors, join
 
@@ -63,6 +64,7 @@ def plan_merge(
     prefix, owner, registry = find_adapter(model, name)
     registry.check_settled(folds=True)
     registry.check_hosts(owner)
+    registry.watch.check(owner)
     places, plain = _places(model), plain_dtype(model) if dequantize else None
     tensors: dict[int, Tensor] = {}
     written: dict[int, dict[str, tuple[str, Tensor]]] = {}  # of each tensor: where it changes; by which host; to what

@@ -3,6 +3,7 @@
 A path is what ``named_modules`` gives, and empty for the model itself.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator
 
 from torch import Tensor, nn
@@ -78,6 +79,11 @@ def plain_name(name: str) -> str:
     Files hold plain names, so that what was trained compiled loads uncompiled, and the other way round.
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def starred(path: str) -> str:
+    """``path`` with a star for each number of a layer: alike layers have one."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", path)
 
 
 def join(*parts: str) -> str:

@@ -23,7 +23,13 @@ from lightning_peft.injection.inject import inject
 from lightning_peft.injection.registry import registries, registry_of
 from lightning_peft.network.walk import base_modules
 from lightning_peft.training.base_weights import load_base_weights
-from lightning_peft.training.checks import GradientWatch, check_all_is_saved, check_optimizers, check_still_there
+from lightning_peft.training.checks import (
+    GradientWatch,
+    check_all_is_saved,
+    check_all_run,
+    check_optimizers,
+    check_still_there,
+)
 from lightning_peft.training.contents import Content, check_content, keep_content
 from lightning_peft.training.continuing import continue_adapter
 from lightning_peft.training.trainer import check_comes_back, check_trainer, make_files_safe, renew_copies
@@ -89,6 +95,22 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
         watch = setup_of(self).watch
         if watch and watch.check_stepped():
             setup_of(self).watch = None
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Warn of layers that have not run, also where the module is tested or predicts; in training gradients tell."""
+        super().on_validation_batch_end(*args, **kwargs)
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            check_all_run(self)
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """The same."""
+        super().on_test_batch_end(*args, **kwargs)
+        check_all_run(self)
+
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """The same."""
+        super().on_predict_batch_end(*args, **kwargs)
+        check_all_run(self)
 
     def on_fit_end(self) -> None:
         """Leave no hook behind, though an optimizer has never had its turn."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from lightning_peft.errors import CheckpointError, did_you_mean
-from lightning_peft.injection.slots import owner_of
+from lightning_peft.injection.names import owner_of
 from lightning_peft.network.walk import plain_name
 from lightning_peft.training.files import read_weights
 

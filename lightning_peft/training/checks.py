@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_peft.checkpoints.ckpt import adapter_keys
 from lightning_peft.errors import ConfigError, GradientError, OptimizerError, PEFTError
+from lightning_peft.injection.names import owner_of
 from lightning_peft.injection.registry import registries
-from lightning_peft.injection.slots import owner_of
 from lightning_peft.network.walk import CHILD, join
 
 
@@ -84,7 +84,7 @@ class GradientWatch:
     """
 
     def __init__(self, module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-        self.missing = dict(_trained(module))
+        self.module, self.missing = module, dict(_trained(module))
         self._stepped: set[int] = set()
         self._handles: list[Any] = [
             parameter.register_post_accumulate_grad_hook(partial(self._seen, name))
@@ -99,7 +99,7 @@ class GradientWatch:
             GradientError: one has not.
         """
         self.stop()
-        _raise_if_any(self.missing)
+        _raise_if_any(self.missing, self.module)
 
     def check_stepped(self) -> bool:
         """Check the parameters of optimizers that have made a step; other optimizers have their turn to come.
@@ -110,7 +110,8 @@ class GradientWatch:
         Raises:
             GradientError: a parameter was stepped and has had no gradient.
         """
-        _raise_if_any([name for name, parameter in self.missing.items() if id(parameter) in self._stepped])
+        stepped = [name for name, parameter in self.missing.items() if id(parameter) in self._stepped]
+        _raise_if_any(stepped, self.module)
         if not self.missing:
             self.stop()
         return not self.missing
@@ -128,16 +129,29 @@ class GradientWatch:
         self._stepped.update(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
 
 
-def _raise_if_any(missing: Collection[str]) -> None:
+def check_all_run(module: nn.Module) -> None:
+    """Warn once if an adapted layer has not run, now that a batch is through."""
+    for _, owner, registry in registries(module):
+        registry.watch.judge_if_open(owner)
+
+
+def _raise_if_any(missing: Collection[str], module: nn.Module) -> None:
     if not missing:
         return
     owners = [owner for name in missing if (owner := owner_of(name))]
     adapters, hosts = sorted({name for _, name in owners}), list(dict.fromkeys(host for host, _ in owners))
+    found = [(prefix, registry.slots) for prefix, _, registry in registries(module)]
+    ran = {join(prefix, path): own.ran for prefix, slots in found for path, own in slots.items()}
+    first = next((host for host in hosts if not ran[host]), hosts[0])
+    reason = (
+        "the loss does not depend on that layer's output. See whether the module detaches it or runs it under no_grad"
+        if ran[first]
+        else "that layer did not run. See whether another one runs in its place, or what reads its weight is no module "
+        "above it"
+    )
     raise GradientError(
-        f"The adapter {', '.join(map(repr, adapters))} got no gradient at {len(hosts)} of its layers, first "
-        f"'{hosts[0]}': the loss does not depend on that layer's output. Leave it out "
-        f"(exclude_modules=[{hosts[0]!r}]), or see whether the module runs it, detaches "
-        "it, or runs it under no_grad."
+        f"The adapter {', '.join(map(repr, adapters))} got no gradient at {len(hosts)} of its layers, first '{first}': "
+        f"{reason}, or leave it out (exclude_modules=[{first!r}])."
     )
 
 

@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from lightning_peft.errors import ConfigError
 from lightning_peft.injection.activation import active_adapters, disabled
-from lightning_peft.injection.modes import in_eval
 from lightning_peft.network.pretrained import pretrained_models
 from lightning_peft.training.checks import check_at_least
+from lightning_peft.training.modes import in_eval
 from lightning_peft.training.tasks.completions import padded
 from lightning_peft.training.tasks.pretrained import load_tokenizer
 from lightning_peft.training.tasks.token_loss import (

@@ -57,7 +57,13 @@ LINEARS = {
     "t5": ["q", "wi_0", "wo"],
     "vit": ["q_proj", "fc1"],
 }
-OTHERS = {"bert": "word_embeddings", "gpt2": "wte", "llama": "embed_tokens", "t5": "shared", "vit": "projection"}
+OTHERS = {
+    "bert": "word_embeddings",
+    "gpt2": "wte",
+    "llama": "embed_tokens",
+    "t5": "relative_attention_bias",
+    "vit": "projection",
+}
 NORMS = {
     "bert": ["LayerNorm"],
     "gpt2": ["ln_1", "ln_f"],

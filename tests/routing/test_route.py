@@ -186,6 +186,7 @@ class Flattening(nn.Module):
         return y if table is None else y + self.table(table).sum()
 
 
+@pytest.mark.filterwarnings("ignore:Adapted layers that have not run.*'table'")
 @pytest.mark.parametrize("second", [LoRA(r=2), IA3(target_modules=["first", "second"]), BitFit()])
 def test_flattened_rows_are_told_by_their_length(second: Method) -> None:
     net, names, x = _with(Flattening(), {"a": LoRA(r=2), "b": second}), ["b", "a", None], torch.randn(3, 5, 4)

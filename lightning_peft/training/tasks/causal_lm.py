@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_peft.errors import DataError, NotApplicableError
-from lightning_peft.injection.modes import in_eval
+from lightning_peft.training.modes import in_eval
 from lightning_peft.training.tasks.completions import labelled_span
 from lightning_peft.training.tasks.language_model import LanguageModel, check_whole_rows
 from lightning_peft.training.tasks.pretrained import tensors_to_read

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.injection.modes import in_eval
 from lightning_peft.network.walk import CHILD
+from lightning_peft.training.modes import in_eval
 
 IGNORED = -100  # the label that says nothing, as in transformers
 _PARTS = 16  # at most a sixteenth of the logits is there at a time,

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from lightning_peft.injection.modes import in_eval
+from lightning_peft.training.modes import in_eval
 
 
 def test_each_module_is_back_in_its_own_mode_even_after_an_error():

@@ -1,0 +1,149 @@
+"""Layers whose adapters do nothing, since they do not run, are told and not merged."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from tiny_models import bert
+from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from lightning_peft import LoRA, activate, inject, merge, merged, remove, save_adapter
+from lightning_peft.errors import NotApplicableError
+
+
+class Attention(nn.Module):
+    """As diffusers has it: one layer may take the place of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def fuse(self) -> None:
+        self.to_qk = nn.Linear(4, 8)
+        with torch.no_grad():
+            self.to_qk.weight.copy_(torch.cat([self.to_q.weight, self.to_k.weight]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.to_qk(x).chunk(2, -1) if hasattr(self, "to_qk") else (self.to_q(x), self.to_k(x))
+        return self.to_out(q * k)
+
+
+class Branches(nn.Module):
+    """One branch or the other, and experts of which some run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.image = nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 4))
+        self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+    def forward(self, x: Tensor, image: bool = False) -> Tensor:
+        return self.experts[1]((self.image if image else self.text)(x))
+
+
+def test_a_layer_that_another_one_has_replaced_is_told_and_refused(tmp_path: pytest.TempPathFactory) -> None:
+    net, x = nn.Sequential(Attention(), Attention()), torch.randn(2, 4)
+    inject(net, LoRA(r=2))
+    net(x)
+    save_adapter(net, tmp_path / "before")  # type: ignore[operator]
+    net[0].fuse()
+    before = copy.deepcopy(net.state_dict())
+    for _ in range(2):  # it stays so until a forward has shown it
+        with pytest.raises(NotApplicableError, match=r"'0' \(Attention\), which holds adapted layers, has got 'to_qk'"):
+            merge(net)
+    with pytest.warns(UserWarning, match=r"have not run in a forward of Sequential: 2, first '0\.to_q'"):
+        net(x)
+    for refused in (merge, lambda net: merged(net).__enter__(), lambda net: save_adapter(net, tmp_path / "after")):  # type: ignore[operator]
+        with pytest.raises(NotApplicableError, match=r"while layers beside them did: 2, first '0\.to_q'"):
+            refused(net)
+    assert not (tmp_path / "after").exists()  # type: ignore[operator]
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    net(x)  # told once
+    del net[0].to_qk
+    net(x)
+    merge(net)
+
+
+def test_what_is_added_beside_and_changes_nothing_is_no_harm() -> None:
+    net, x = nn.Sequential(Attention()), torch.randn(2, 4)
+    inject(net, LoRA(r=2))
+    net[0].dropout = nn.Dropout()
+    net.head = nn.Linear(4, 4)
+    expected = net(x)
+    net[0].other = nn.Linear(4, 4)
+    with pytest.raises(NotApplicableError, match="run one batch"):
+        merge(net)
+    net(x)
+    merge(net)
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_branches_and_experts_that_other_inputs_take_are_merged() -> None:
+    net, x = Branches(), torch.randn(2, 4)
+    inject(net, LoRA(r=2))
+    with pytest.warns(UserWarning, match=r"of Branches: 1, first 'image\.0'.*unless they run for other inputs"):
+        net(x)
+    merge(net)
+
+
+def test_nothing_is_said_of_experts_without_tokens() -> None:
+    sizes = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    net = MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+    inject(net, LoRA(r=2))
+    net(torch.ones(1, 2, dtype=torch.long))
+
+
+def test_a_layer_whose_forward_is_called_past_its_hooks_is_told() -> None:
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.fc.forward(x))
+
+    net = nn.Sequential(Past())
+    inject(net, LoRA(r=2))
+    with pytest.warns(UserWarning, match=r"first '0\.fc'"):
+        net(torch.randn(2, 4))
+
+
+def test_each_adapter_is_looked_at_when_it_first_acts() -> None:
+    net, x = nn.Sequential(Attention()), torch.randn(2, 4)
+    net[0].fuse()
+    inject(net, LoRA(r=2, target_modules=["to_out"]), "out")
+    net(x)
+    inject(net, LoRA(r=2, target_modules=["to_q"]), "query")
+    activate(net, "out")
+    net(x)
+    activate(net, "query")
+    with pytest.warns(UserWarning, match=r"first '0\.to_q'"):
+        net(x)
+    activate(net, "out")
+    net(x)
+    merge(net, "out")
+    remove(net, "query")
+    assert not net._forward_hooks
+    assert not net._forward_pre_hooks
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "inside"])
+def test_compiled_code_is_not_judged(whole: bool) -> None:
+    net, x = nn.Sequential(Attention(), nn.Linear(4, 4)), torch.randn(2, 4)
+    expected = net(x)
+    inject(net, LoRA(r=2))
+    run = torch.compile(net, backend="eager") if whole else net
+    if not whole:
+        net[0].compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(run(x), expected)
+    merge(net)
+
+
+def test_parts_that_hand_on_and_tied_copies_have_nothing_to_tell() -> None:
+    net = bert().eval()
+    inject(net, LoRA(r=2, modules_to_save=["classifier", "word_embeddings"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(torch.ones(1, 3, dtype=torch.long))
