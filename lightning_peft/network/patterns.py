@@ -13,7 +13,8 @@ from torch import nn
 
 from lightning_peft.errors import TargetError, did_you_mean
 from lightning_peft.network.blocks import ROLES
-from lightning_peft.network.walk import base_modules
+from lightning_peft.network.parameters import expert_weights
+from lightning_peft.network.walk import base_modules, leaf
 
 Patterns = list[str] | str | None
 T = TypeVar("T")
@@ -106,6 +107,12 @@ class Vocabulary:
             return (
                 "is not a layer of its own here: query, key and value share one weight, as in "
                 f"'{min(self.words['fused'])}'. Use the role 'attention', or name that layer."
+            )
+        if pattern in ("ffn", "ffn-output") and self.model is not None and (experts := expert_weights(self.model)):
+            return (
+                f"is made of experts here, whose weights, such as '{experts[0].full_name}', are of no layer type that "
+                f"adapters are known for. SelectiveTuning(target_modules=[{leaf(experts[0].layer)!r}]) trains the "
+                "weights themselves."
             )
         roles = f" The roles {', '.join(ROLES)} need a transformer's attention." if pattern in ROLES else ""
         return f"matches no {self.noun}.{roles}{self._known(pattern)}"

@@ -216,6 +216,14 @@ def test_a_misspelt_exclusion_is_told_of_modules_that_are_not_adapted(method) ->
             inject(tiny_models.mixtral(), method(**chosen, exclude_modules=[pattern]))
 
 
+@pytest.mark.parametrize("method", [LoRA, SelectiveTuning])
+@pytest.mark.parametrize("role", ["ffn", "ffn-output"])
+def test_a_feedforward_part_of_experts_is_said_to_be_one(method, role: str) -> None:
+    message = rf"'{role}' is made of experts here.*mlp\.experts\.\w+'.*target_modules=\['experts'\]"
+    with pytest.raises(TargetError, match=message):
+        inject(tiny_models.mixtral(), method(target_modules=[role]))
+
+
 def test_excluding_all_that_was_chosen_is_an_error(bert: nn.Module) -> None:
     with pytest.raises(TargetError, match=r"target_modules=\['query'\], exclude_modules='attention'"):
         _names(bert, ["query"], "attention")
