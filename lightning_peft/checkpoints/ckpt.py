@@ -55,30 +55,41 @@ def metadata(model: nn.Module) -> dict[str, Any]:
     return {"version": METADATA_VERSION, "adapters": adapters, "base": fingerprint(model)}
 
 
-def attach_metadata(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> None:
+def attach_metadata(
+    model: nn.Module, metadata: Any, state: Mapping[str, Any], waiting: Mapping[str, Method | None] | None = None
+) -> None:
     """Attach the adapters of a checkpoint's metadata, or check that the attached ones are the same and ``state`` fits.
 
     Nothing is loaded yet. If anything is wrong, the model is left as it was. A ``state`` that holds the base as well
     (all of it) fits any base of these shapes.
 
+    Args:
+        model: the network, with or without adapters.
+        metadata: the record.
+        state: the tensors beside it.
+        waiting: adapters of the whole ``model`` that the file must hold, by name; None for any method.
+
     Raises:
         AdapterKeyError: a tensor of ``state`` is missing, left over, or of another shape or kind.
         BaseMismatchError: the adapters were trained on another base.
-        CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached.
+        CheckpointError: the record is damaged, of a newer version, or describes other adapters than those attached or
+            ``waiting``.
     """
-    for owner, injection in _plan(model, metadata, state):
+    for owner, injection in _plan(model, metadata, state, waiting or {}):
         attach(owner, injection)
 
 
 @as_checkpoint_error()
-def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tuple[nn.Module, Injection]]:
+def _plan(
+    model: nn.Module, metadata: Any, state: Mapping[str, Any], waiting: Mapping[str, Method | None]
+) -> list[tuple[nn.Module, Injection]]:
     """The adapters to attach, checked, each with the module that it is injected on. The model is only read."""
     entries = methods_in(metadata)
     modules = {plain_name(path): module for path, module in model.named_modules()}
     attached = {
         (plain_name(path), name): a.method for path, _, r in registries(model) for name, a in r.attachments.items()
     }
-    _check_entries(model, entries, attached, modules.keys())
+    _check_entries(model, entries, {("", name): m for name, m in waiting.items()} | attached, modules.keys())
     _check_mapping(state)
     full = not base_keys(model).isdisjoint(state)
     if not full:
@@ -110,16 +121,16 @@ def _plan(model: nn.Module, metadata: Any, state: Mapping[str, Any]) -> list[tup
 
 
 def _check_entries(
-    model: nn.Module, entries: Entries, attached: Mapping[tuple[str, str], Method], modules: Set[str]
+    model: nn.Module, entries: Entries, expected: Mapping[tuple[str, str], Method | None], modules: Set[str]
 ) -> None:
-    """Raise unless ``entries`` are the ``attached`` adapters, and others that belong on modules of ``model``."""
-    if missing := [name for path, name in attached if (path, name) not in entries]:
+    """Raise unless ``entries`` are the ``expected`` adapters, and others that belong on modules of ``model``."""
+    if missing := [name for path, name in expected if (path, name) not in entries]:
         raise CheckpointError(
             f"The file holds no adapter {missing[0]!r}; it holds {', '.join(repr(name) for _, name in entries)}. "
             "Use the adapter names that the file was written with."
         )
     for (path, name), method in entries.items():
-        if (present := attached.get((path, name))) and present.to_config() != method.to_config():
+        if (present := expected.get((path, name))) and present.to_config() != method.to_config():
             raise CheckpointError(f"Adapter {name!r} of the file is another one: {_differences(method, present)}.")
         if path not in modules:
             raise CheckpointError(

@@ -84,7 +84,7 @@ class CommandTrainer(L.Trainer):
         # Lists: merging takes the adapters out of what is iterated.
         for _, owner, registry in list(registries(model)):
             for name in list(registry.attachments):
-                merge(owner, name, dequantize=dequantize)
+                rich.print(merge(owner, name, dequantize=dequantize))
         if output.endswith(".ckpt"):
             self._write(model, output)
         else:

@@ -36,7 +36,9 @@ class MergeReport:
         return tuple(layer for layer in self.layers if layer.mean_loss > _LOSSY)
 
     def __rich__(self) -> Table:
-        table = Table("weight", "dtype", title="Merged", title_justify="left", title_style="bold")
+        table = Table(title="Merged", title_justify="left", title_style="bold")
+        table.add_column("weight", overflow="fold")  # a name that is cut tells nothing
+        table.add_column("dtype")
         table.add_column("largest loss", justify="right")
         table.add_column("mean loss", justify="right")
         for layer in self.layers:

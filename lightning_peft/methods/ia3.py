@@ -73,7 +73,7 @@ class IA3(TargetedMethod):
                 raise NotApplicableError(
                     f"IA3 finds no attention in {type(model).__name__}. Name layers to rescale: target_modules=[...]."
                 )
-            vocabulary = Vocabulary([host.name for host in hosts], roles)
+            vocabulary = Vocabulary([host.name for host in hosts], roles, model=model)
             left = vocabulary.narrow(wanted, self.exclude_modules, self.layers)
             chosen = [host for host in hosts if host.name in left]
             feedforward = sorted(roles["ffn-output"]) if feedforward is None else feedforward

@@ -118,16 +118,29 @@ def unknown_weights(model: nn.Module) -> list[tuple[str, str]]:
 
     They are known by their names, or by a matrix for each of several experts; tables of positions have neither.
     """
-    known = {(host.path, host.parameter) for host in find_hosts(model)}
     return [
         (p.full_name, f"no known layer: {type(p.module).__name__} holds it as {tuple(p.tensor.shape)}")
-        for p in find_parameters(model)
-        if p.kinds == {"weight"} and (p.path, p.name) not in known and p.part is None and _multiplies(p)
+        for p in _unknown(model)
     ]
 
 
-def _multiplies(p: BaseParameter) -> bool:
-    return leaf(p.name).startswith("weight") or (p.tensor.dim() == 3 and p.tensor.shape[0] > 1)
+def expert_weights(model: nn.Module) -> list[BaseParameter]:
+    """The :func:`unknown_weights` that hold a matrix for each of several experts."""
+    return [p for p in _unknown(model) if _for_experts(p)]
+
+
+def _unknown(model: nn.Module) -> list[BaseParameter]:
+    known = {(host.path, host.parameter) for host in find_hosts(model)}
+    return [
+        p
+        for p in find_parameters(model)
+        if p.kinds == {"weight"} and (p.path, p.name) not in known and p.part is None
+        if leaf(p.name).startswith("weight") or _for_experts(p)
+    ]
+
+
+def _for_experts(p: BaseParameter) -> bool:
+    return p.tensor.dim() == 3 and p.tensor.shape[0] > 1 and not leaf(p.name).startswith("weight")
 
 
 def count(parameters: Iterable[BaseParameter]) -> int:

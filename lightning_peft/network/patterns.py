@@ -9,8 +9,12 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+from torch import nn
+
 from lightning_peft.errors import TargetError, did_you_mean
 from lightning_peft.network.blocks import ROLES
+from lightning_peft.network.parameters import expert_weights
+from lightning_peft.network.walk import base_modules, leaf
 
 Patterns = list[str] | str | None
 T = TypeVar("T")
@@ -28,6 +32,7 @@ class Vocabulary:
         kinds: what the last part of a name is, for messages; without it, all parts of the names are told.
         noun: the kind of thing that is chosen, for messages.
         below: True if a name means everything below it, too.
+        model: the network itself, to look into where a pattern matches no name.
     """
 
     def __init__(
@@ -41,9 +46,11 @@ class Vocabulary:
         kinds: Mapping[str, str] | None = None,
         noun: str = "layer",
         below: bool = False,
+        model: nn.Module | None = None,
     ) -> None:
         self.names, self.words, self.aliases = list(names), words or {}, aliases or {}
         self.first, self.taken, self.kinds, self.noun, self.below = first, list(taken), kinds, noun, below
+        self.model = model
 
     def find(self, patterns: Patterns, field: str = "target_modules") -> set[str]:
         """The names that ``patterns`` of a method's ``field`` mean.
@@ -64,14 +71,17 @@ class Vocabulary:
     ) -> list[str]:
         """Drop from ``chosen`` all that ``exclude`` means, or that is below it, and all outside of ``layers``.
 
+        What is in the network and cannot be chosen anyway, such as a module of experts, may be excluded, too.
+
         Raises:
-            TargetError: a pattern or an index means nothing among all names.
+            TargetError: a pattern or an index means nothing in the network.
         """
         dropped: set[str] = set()
         for pattern in each_pattern(exclude):
             meant = self._match(pattern, "exclude_modules", excluding=True)
-            if not meant:
-                parts = {part for name in self.names for part in name.split(".")}
+            modules = [] if meant or self.model is None else [path for path, _ in base_modules(self.model) if path]
+            if not meant and not any(matches_end(pattern, path) for path in modules):
+                parts = {part for name in (*self.names, *modules) for part in name.split(".")}
                 raise TargetError(f"exclude_modules: {pattern!r} matches nothing.{did_you_mean(pattern, parts)}")
             dropped |= meant
         inside = set(self.names) if layers is None else in_layers(layers, self.names)
@@ -97,6 +107,12 @@ class Vocabulary:
             return (
                 "is not a layer of its own here: query, key and value share one weight, as in "
                 f"'{min(self.words['fused'])}'. Use the role 'attention', or name that layer."
+            )
+        if pattern in ("ffn", "ffn-output") and self.model is not None and (experts := expert_weights(self.model)):
+            return (
+                f"is made of experts here, whose weights, such as '{experts[0].full_name}', are of no layer type that "
+                f"adapters are known for. SelectiveTuning(target_modules=[{leaf(experts[0].layer)!r}]) trains the "
+                "weights themselves."
             )
         roles = f" The roles {', '.join(ROLES)} need a transformer's attention." if pattern in ROLES else ""
         return f"matches no {self.noun}.{roles}{self._known(pattern)}"

@@ -44,6 +44,7 @@ def select_hosts(
         aliases={host.name: host.path for host in hosts},
         taken=[host.name for host in every if within(host.name, fully_trained)],
         kinds=kinds,
+        model=model,
     )
     # By structure, not by name: the head and the output embedding of a language model stay as they are.
     if targets == ALL_LINEAR:
@@ -82,7 +83,7 @@ def select_modules(
     runs.update({host.name: host.path for host in hosts})
     # A bare index tells a user nothing, so messages leave it out.
     kinds = {leaf(name): "" for name in runs if name and not leaf(name).isdigit()}
-    vocabulary = Vocabulary(runs, find_roles(hosts), kinds=kinds, noun="module")
+    vocabulary = Vocabulary(runs, find_roles(hosts), kinds=kinds, noun="module", model=model)
     left = vocabulary.narrow(vocabulary.find(targets), exclude, layers)
     inside = [runs[name] for name in left if not within(runs[name], fully_trained)]
     if not inside:
@@ -201,7 +202,8 @@ def _layers_of(model: nn.Module, fully_trained: Sequence[str]) -> tuple[list[Bas
     words = find_roles([host for host in find_hosts(model) if not within(host.name, fully_trained)])
     words |= {kind: {p.layer for p in free if kind in p.kinds} for kind in COMPONENTS}
     taken = [p.layer for p in every if p.layer not in names]
-    return free, Vocabulary(names, words, first=COMPONENTS, taken=taken, noun="layer with parameters", below=True)
+    noun = "layer with parameters"
+    return free, Vocabulary(names, words, first=COMPONENTS, taken=taken, noun=noun, below=True, model=model)
 
 
 def _called(

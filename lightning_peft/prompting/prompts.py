@@ -20,6 +20,7 @@ from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.network.calls import Call, argument_names, bound
 from lightning_peft.network.positions import check_room, free_positions, position_modules
 from lightning_peft.network.pretrained import pretrained_models
+from lightning_peft.network.walk import join
 from lightning_peft.optional import check_hf_version
 from lightning_peft.prompting.call import (
     cached_tokens,
@@ -94,7 +95,7 @@ def _place_prompt(
     crossing = pretrained.config.is_encoder_decoder
     reader = pretrained.get_encoder() if crossing else pretrained
     at = _path_of(model, reader)
-    tables = [(f"{at}.{table}" if at else table, module) for table, module in position_modules(reader)]
+    tables = [(join(at, table), module) for table, module in position_modules(reader)]
     for table, module in tables:
         check_room(name, size, table, module)
     # The embedding is deep inside of the model: where the placeholders are can only be handed to it.

@@ -2,14 +2,14 @@
 
 Lightning's order (see its Trainer): callback.setup, **module.setup**, **configure_model**, module.on_load_checkpoint,
 load_state_dict. A network may be built in any of ``__init__``, ``setup`` and ``configure_model``, so adapters are
-attached at the end of the last of these that the module has. With ``save_weights_only`` no callback's hook runs, so the
-base is left out of a checkpoint in the module's own hook.
+attached at the end of the last of these that the module has. Where a checkpoint is about to be restored, they wait for
+it: on_load_checkpoint attaches them as the file describes them, and no time goes into values that would be replaced.
+With ``save_weights_only`` no callback's hook runs, so the base is left out of a checkpoint in the module's own hook.
 """
 
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,11 +18,9 @@ from torch import nn
 
 from lightning_peft.checkpoints.ckpt import METADATA_KEY, attach_metadata, has_adapters
 from lightning_peft.core.method import Method
-from lightning_peft.errors import AdapterNameError, CheckpointError
-from lightning_peft.injection.inject import inject
-from lightning_peft.injection.registry import registries, registry_of
+from lightning_peft.errors import CheckpointError
+from lightning_peft.injection.registry import registries
 from lightning_peft.network.walk import base_modules
-from lightning_peft.training.base_weights import load_base_weights
 from lightning_peft.training.checks import (
     GradientWatch,
     check_all_is_saved,
@@ -30,28 +28,16 @@ from lightning_peft.training.checks import (
     check_optimizers,
     check_still_there,
 )
-from lightning_peft.training.contents import Content, check_content, keep_content
-from lightning_peft.training.continuing import continue_adapter
-from lightning_peft.training.trainer import check_comes_back, check_trainer, make_files_safe, renew_copies
-
-FrozenMode = Literal["train", "eval"]
-_SETUP = "_peft_setup"
-
-
-@dataclass
-class AdapterSetup:
-    """The adapters and options that wait for a module's network; several PEFTCallbacks share one."""
-
-    methods: dict[str, Method | None] = field(default_factory=dict)
-    """What to inject, by the adapter's name; None for the method of the file that it starts from."""
-    checkpoint: Content = "adapter"
-    frozen_mode: FrozenMode = "train"
-    base_weights: str | Path | None = None
-    sources: dict[str, str | Path] = field(default_factory=dict)
-    """Files that adapters start from, by the adapter's name."""
-    watch: GradientWatch | None = None
-    fitting: bool = False
-    """True if ``fit`` is past its start."""
+from lightning_peft.training.contents import check_content, keep_content
+from lightning_peft.training.pending import (
+    SETUP,
+    AdapterSetup,
+    check_restored,
+    inject_pending,
+    setup_of,
+    waiting_methods,
+)
+from lightning_peft.training.trainer import renew_copies
 
 
 class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[misc]
@@ -66,6 +52,7 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
     def on_fit_start(self) -> None:
         """Refuse to train what no optimizer or no checkpoint holds."""
         super().on_fit_start()
+        check_restored(self)
         if has_adapters(self):
             check_still_there(self)
             check_all_is_saved(self)
@@ -74,6 +61,21 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
             self._stop_watching()  # an earlier fit may have been interrupted
             setup_of(self).watch = GradientWatch(self, self.trainer.optimizers)
         setup_of(self).fitting = True
+
+    def on_validation_start(self) -> None:
+        """Refuse to run without adapters that a file was to bring."""
+        super().on_validation_start()
+        check_restored(self)
+
+    def on_test_start(self) -> None:
+        """Refuse to run without adapters that a file was to bring."""
+        super().on_test_start()
+        check_restored(self)
+
+    def on_predict_start(self) -> None:
+        """Refuse to run without adapters that a file was to bring."""
+        super().on_predict_start()
+        check_restored(self)
 
     def on_train_start(self) -> None:
         """Put the base into its mode; not sooner, since Lightning warns of modules in eval mode when a fit starts."""
@@ -144,12 +146,15 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Attach the checkpoint's adapters, or check that it fits the attached ones."""
         super().on_load_checkpoint(checkpoint)
+        waiting = waiting_methods(self)
         if METADATA_KEY in checkpoint:
             _check_resumable(self, checkpoint)
-            attach_metadata(self, checkpoint[METADATA_KEY], checkpoint.get("state_dict", {}))
+            attach_metadata(self, checkpoint[METADATA_KEY], checkpoint.get("state_dict", {}), waiting)
             if "current_model_state" in checkpoint:  # WeightAveraging's: what trained on, beside the averages
                 attach_metadata(self, checkpoint[METADATA_KEY], checkpoint["current_model_state"])
-        elif has_adapters(self):
+            if self._trainer and waiting:
+                renew_copies(self._trainer, self)
+        elif waiting or has_adapters(self):
             raise CheckpointError(
                 "This checkpoint holds no adapter; it looks like a full checkpoint of the base model. To start from "
                 "these weights, give PEFTCallback(base_weights=PATH) in place of ckpt_path; or, to continue the full "
@@ -158,7 +163,7 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
 
     def on_last_adapter_removed(self) -> None:
         """Be the user's own class again once everything is merged or removed."""
-        self.__dict__.pop(_SETUP, None)
+        self.__dict__.pop(SETUP, None)
         original = getattr(type(self), "_peft_original", None)
         if original and not getattr(original, "always_adapted", False):
             self.__class__ = original
@@ -205,49 +210,7 @@ def prepare_module(
     module.__class__ = adapted_class(type(module))
     before = setup_of(module)
     sources = {**before.sources, name: source} if source else before.sources
-    module.__dict__[_SETUP] = AdapterSetup(methods={**before.methods, name: method}, sources=sources, **options)
-
-
-def setup_of(module: nn.Module) -> AdapterSetup:
-    """The setup that waits for ``module``; an empty one is made if there is none."""
-    return module.__dict__.setdefault(_SETUP, AdapterSetup())
-
-
-def inject_pending(module: L.LightningModule) -> None:
-    """Attach the methods that wait. Attached ones are left as they are, so every stage may call this.
-
-    Raises:
-        AdapterNameError: another method is attached under that name.
-        PEFTError: the network was built anew, so trained adapters would be lost.
-    """
-    setup, trainer = setup_of(module), module._trainer
-    if trainer and (setup.methods or has_adapters(module)):
-        check_trainer(trainer)
-        make_files_safe(trainer)
-        # A plugin that replaces layers (BitsandbytesPrecision) would do so in strategy.setup, and drop their adapters.
-        trainer.precision_plugin.convert_module(module)
-    check_still_there(module)
-    # A module may be set up again for every stage, with its adapters already there.
-    own = registry_of(module)
-    attached = own.attachments if own else {}
-    for name in attached.keys() & setup.methods.keys():
-        if (wanted := setup.methods[name]) and attached[name].method.to_config() != wanted.to_config():
-            raise AdapterNameError(
-                f"{type(module).__name__} has an adapter {name!r} already, {attached[name].method}, and PEFTCallback "
-                f"asks for {wanted}. Give the new one another name, or remove(model, {name!r}) first."
-            )
-    if setup.base_weights and not has_adapters(module):
-        load_base_weights(module, setup.base_weights)
-    waiting = {name: method for name, method in setup.methods.items() if name not in attached}
-    if trainer and waiting:
-        check_comes_back(trainer)
-    for name, method in waiting.items():
-        if name in setup.sources:
-            continue_adapter(module, setup.sources[name], name, method)
-        else:
-            inject(module, method, name)  # type: ignore[arg-type]
-    if trainer and waiting:
-        renew_copies(trainer, module)
+    module.__dict__[SETUP] = AdapterSetup(methods={**before.methods, name: method}, sources=sources, **options)
 
 
 def _check_resumable(module: Any, checkpoint: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ from typing_extensions import override
 from lightning_peft.core.method import Method
 from lightning_peft.errors import ConfigError
 from lightning_peft.injection.report import report
-from lightning_peft.training.adaptation import FrozenMode, prepare_module
+from lightning_peft.training.adaptation import prepare_module
 from lightning_peft.training.contents import Content
+from lightning_peft.training.pending import FrozenMode
 from lightning_peft.training.trainer import check_trainer
 
 
@@ -34,7 +35,8 @@ class PEFTCallback(L.Callback):
             ``"eval"`` turns it off. Normalization layers with running statistics are in eval in both.
         base_weights: a full checkpoint, state dict or ``.safetensors`` file of the module, loaded before injection.
         init_from: an adapter directory, or a ``.ckpt`` with an adapter, to go on from on a new task. Leave ``method``
-            None to take the one it was trained with; another one is an error.
+            None to take the one it was trained with; another one is an error. It is not read where the Trainer restores
+            a checkpoint, which holds what became of it.
 
     Raises:
         ConfigError: an option has a value it cannot have, or differs between callbacks of one Trainer.

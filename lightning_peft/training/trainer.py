@@ -1,5 +1,8 @@
 """What adapters need of a Trainer: a strategy that keeps parameters whole, no rival callback, and safe files."""
 
+import inspect
+from pathlib import Path
+
 import lightning as L
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
@@ -73,6 +76,21 @@ def make_files_safe(trainer: L.Trainer) -> None:
         trainer.strategy.checkpoint_io = SafeCheckpointIO(io)
     else:
         outer._checkpoint_io = SafeCheckpointIO(io)  # its setter leaves a plugin alone that is there already
+
+
+def file_to_restore(trainer: L.Trainer) -> str | Path | None:
+    """The checkpoint that the Trainer restores right after ``configure_model``; None if there is none, or unknown.
+
+    Lightning tells no hook of it: until the file is read, ``trainer.ckpt_path`` is that of the call before. What
+    ``"best"``, ``"last"`` and ``"hpc"`` stand for is decided before the run, whose local variable it is.
+    """
+    if trainer.strategy.restore_checkpoint_after_setup:  # too late for adapters: the optimizers are there by then
+        return None
+    run, frame = getattr(L.Trainer._run, "__code__", None), inspect.currentframe()
+    while frame and not (frame.f_code is run and frame.f_locals.get("self") is trainer):
+        frame = frame.f_back
+    # A Lightning that calls it otherwise makes it unknown, which costs time and nothing else.
+    return frame.f_locals.get("ckpt_path") or None if frame else None
 
 
 def renew_copies(trainer: L.Trainer, module: L.LightningModule) -> None:

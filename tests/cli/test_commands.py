@@ -67,7 +67,11 @@ def test_a_merged_model_is_a_plain_directory_of_transformers_or_a_plain_checkpoi
     config, checkpoint = trained
     expected = logits(TextClassifier.load_from_checkpoint(checkpoint).model)
     main(["merge", f"--config={config}", f"--ckpt_path={checkpoint}", "--output=merged"])
-    assert "merged: BertForSequenceClassification" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "merged: BertForSequenceClassification" in shown
+    # What rounding has taken, weight by weight.
+    assert re.search(r"weight\s+┃ dtype\s+┃ largest loss ┃ mean loss", shown)
+    assert re.search(r"model\.bert\.encoder\.layer\.0\S*\s+│ float32 │\s+\d+\.\d\d% │\s+0\.00%", shown)
     assert not [path.name for path in Path("merged").iterdir() if "peft" in path.name or "adapter" in path.name]
     merged = hf.AutoModelForSequenceClassification.from_pretrained("merged")
     torch.testing.assert_close(logits(merged), expected, rtol=1e-5, atol=1e-5)

@@ -198,6 +198,32 @@ def test_an_exclusion_that_matches_nothing_is_an_error(bert: nn.Module) -> None:
         _names(bert, "all-linear", ["pooler", "poler"])
 
 
+@pytest.mark.parametrize("pattern", ["experts", "mlp", "layers.1.mlp.experts", r".*\.mlp", "input_layernorm"])
+@pytest.mark.parametrize("method", [LoRA, IA3, SelectiveTuning])
+def test_what_is_in_the_model_and_is_not_adapted_anyway_may_be_excluded(method, pattern: str) -> None:
+    chosen = {"target_modules": ["q_proj", "v_proj"]} if method is not IA3 else {}
+    found = inject(tiny_models.mixtral(), method(**chosen, exclude_modules=[pattern]))
+    plain = inject(tiny_models.mixtral(), method(**chosen))
+    assert {row.host for row in found.hosts} == {row.host for row in plain.hosts}
+
+
+@pytest.mark.parametrize("method", [LoRA, IA3, SelectiveTuning])
+def test_a_misspelt_exclusion_is_told_of_modules_that_are_not_adapted(method) -> None:
+    chosen = {"target_modules": ["q_proj"]} if method is not IA3 else {}
+    for pattern, meant in (("expert", "experts"), ("q_prj", "q_proj")):
+        message = rf"exclude_modules: '{pattern}' matches nothing\. Did you mean '{meant}'"
+        with pytest.raises(TargetError, match=message):
+            inject(tiny_models.mixtral(), method(**chosen, exclude_modules=[pattern]))
+
+
+@pytest.mark.parametrize("method", [LoRA, SelectiveTuning])
+@pytest.mark.parametrize("role", ["ffn", "ffn-output"])
+def test_a_feedforward_part_of_experts_is_said_to_be_one(method, role: str) -> None:
+    message = rf"'{role}' is made of experts here.*mlp\.experts\.\w+'.*target_modules=\['experts'\]"
+    with pytest.raises(TargetError, match=message):
+        inject(tiny_models.mixtral(), method(target_modules=[role]))
+
+
 def test_excluding_all_that_was_chosen_is_an_error(bert: nn.Module) -> None:
     with pytest.raises(TargetError, match=r"target_modules=\['query'\], exclude_modules='attention'"):
         _names(bert, ["query"], "attention")

@@ -11,9 +11,9 @@ from typing_extensions import override
 from lightning_peft.errors import ConfigError, NotApplicableError
 from lightning_peft.injection.registry import registries
 from lightning_peft.network.walk import join
-from lightning_peft.training.adaptation import setup_of
 from lightning_peft.training.checks import check_at_least
 from lightning_peft.training.module import PEFTModule
+from lightning_peft.training.pending import setup_of
 from lightning_peft.training.tasks.completions import Completion, completion_table, padded
 from lightning_peft.training.tasks.pretrained import check_dropout, checkpoint_layers, load_pretrained, load_tokenizer
 from lightning_peft.training.tasks.token_loss import (
