@@ -242,24 +242,24 @@ def test_the_session_of_the_readme(tmp_path, monkeypatch):
     python = [sys.executable, *shlex.split(training.replace(" 200 ", " 5 "))[1:]]
     subprocess.run(python, cwd=tmp_path, check=True, capture_output=True, timeout=900)
     python = [sys.executable, "-u", *shlex.split(serving)[1:], "--port", "0"]
-    with subprocess.Popen(python, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(python, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as server:
         try:
-            lines = iter(server.stderr.readline, "")
-            port = next(int(found[1]) for line in lines if (found := re.search(r"running on http://.*:(\d+)", line)))
-            drain = threading.Thread(target=server.communicate)
-            drain.start()
+            shown_by_it = ""
+            while not (at := re.search(r"running on http://.*:(\d+)", shown_by_it)):
+                line = server.stderr.readline()
+                assert line, shown_by_it  # it has ended
+                shown_by_it += line
             url, *_, question = shlex.split(asking)[2:]
             assert url == "localhost:8000/classify"
-            with connected(port) as connection:
+            with connected(int(at[1])) as connection:
                 status, answer = post(connection, question.encode())
             assert status == 200
             assert answer.keys() == json.loads(shown).keys()
             asked = questions(("movie", "amazon", "tweets"))
-            found = asked_at_once(port, asked)
+            found = asked_at_once(int(at[1]), asked)
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(30)
-            drain.join()
     assert server.returncode == 0
     base = importlib.import_module("assets").model_dir()
     model = AutoModelForSequenceClassification.from_pretrained(base, id2label=LABELS).eval()
