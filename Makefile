@@ -59,6 +59,7 @@ compat-lowest compat-newest: compat-%:
 bench: .venv/.test
 	$(BIN)/python -m tests.benchmarks --quick
 	$(BIN)/python -m tests.benchmarks.mixed_batches --repeats 5
+	$(BIN)/python -m tests.benchmarks.serving --rounds 3
 
 matrix: .venv/.test
 	cd tests && ../$(BIN)/python -m conformance.matrix --write

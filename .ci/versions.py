@@ -49,7 +49,7 @@ def lock() -> str:
 def lowest() -> str:
     """The lower bounds of what a user and the tests need; torch's is that of constraints.txt."""
     extras = project()["optional-dependencies"]
-    needs = [*project()["dependencies"], *extras["demo"], *extras["test"]]
+    needs = [*project()["dependencies"], *extras["demo"], *extras["serve"], *extras["test"]]
     bounds = (re.match(r"([\w-]+)(\[.*\])?>=([\d.]+)", need) for need in needs)
     return "".join(f"{bound[1]}=={bound[3]}\n" for bound in bounds if bound and bound[1] != "torch")
 

@@ -1,8 +1,8 @@
-"""Many tasks on one model: `python examples/many_tasks.py [STEPS]` (five minutes on two CPU cores).
+"""Many tasks on one model: `python examples/many_tasks.py [STEPS [FOLDER]]` (five minutes on two CPU cores).
 
 Three small adapters, one each for sentences about films, for product reviews and for tweets, are trained on one
 all-MiniLM-L6-v2 and written to disk. Then one loaded model serves all three: switched by name, mixed row by row in a
-single batch, and combined into a fourth.
+single batch, and combined into a fourth. FOLDER, if it is given, keeps the three for `examples/serve.py`.
 """
 
 import sys
@@ -111,4 +111,5 @@ def loader_of(task: str) -> torch.utils.data.DataLoader:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        main(Path(name), int(sys.argv[1]) if len(sys.argv) > 1 else 200)
+        steps = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+        main(Path(sys.argv[2] if len(sys.argv) > 2 else name), steps)
