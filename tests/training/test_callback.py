@@ -203,10 +203,35 @@ def test_an_adapter_without_gradient_is_an_error_after_the_first_backward(data, 
     with pytest.raises(GradientError, match=r"exclude_modules=\['spare\.0'\]"):  # not '0', which is in net, too
         trainer(PEFTCallback(LoRA(r=4), show=False)).fit(UnusedBlock(), data, data)
     model = Unused()
-    with pytest.raises(GradientError, match=r"'spare'.*exclude_modules=\['spare'\]"):
+    with pytest.raises(GradientError, match=r"'spare': that layer did not run.*exclude_modules=\['spare'\]"):
         trainer(peft).fit(model, data, data)
     assert model.steps == 1
     trainer(PEFTCallback(LoRA(r=4, exclude_modules=["spare"]), show=False)).fit(Unused(), data, data)
+
+
+def test_an_output_that_is_detached_is_told_from_a_layer_that_did_not_run(data, trainer, peft):
+    class Detaching(Project):
+        def build(self) -> None:
+            super().build()
+            self.spare = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + self.spare(x).detach())
+
+    with pytest.raises(GradientError, match=r"'spare': the loss does not depend on that layer's output"):
+        trainer(peft).fit(Detaching(), data, data)
+
+
+def test_where_nothing_trains_a_layer_that_did_not_run_is_a_warning_once(data, trainer):
+    class Unused(Project):
+        def build(self) -> None:
+            super().build()
+            self.spare = nn.Linear(16, 16)
+
+    for stage in ("validate", "test", "predict"):
+        with pytest.warns(UserWarning, match=r"have not run in a forward of Unused: 1, first 'spare'") as told:
+            getattr(trainer(PEFTCallback(LoRA(r=4), show=False)), stage)(Unused(), data)
+        assert sum("have not run" in str(warning.message) for warning in told) == 1
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # torch's own hint of it
