@@ -108,6 +108,11 @@ def mistral(head: type = hf.MistralForCausalLM, **fields: Any) -> nn.Module:
     return head(hf.MistralConfig(**{**SIZES, **TOKENS, "num_key_value_heads": 1, "sliding_window": 4, **fields}))
 
 
+def mamba(head: type = hf.MambaForCausalLM, **fields: Any) -> nn.Module:
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "initializer_range": 0.2}
+    return head(hf.MambaConfig(**{**sizes, **TOKENS, "state_size": 5, "time_step_rank": 3, **fields}))
+
+
 def t5(head: type = hf.T5ForConditionalGeneration, **fields: Any) -> nn.Module:
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": FFN, "num_layers": 2, "num_heads": 2, "vocab_size": VOCABULARY}
     return head(hf.T5Config(**{**sizes, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0, **fields}))

@@ -86,7 +86,7 @@ def file_to_restore(trainer: L.Trainer) -> str | Path | None:
     """
     if trainer.strategy.restore_checkpoint_after_setup:  # too late for adapters: the optimizers are there by then
         return None
-    run, frame = getattr(L.Trainer._run, "__code__", None), inspect.currentframe()
+    run, frame = getattr(getattr(trainer, "_run", None), "__code__", None), inspect.currentframe()
     while frame and not (frame.f_code is run and frame.f_locals.get("self") is trainer):
         frame = frame.f_back
     # A Lightning that calls it otherwise makes it unknown, which costs time and nothing else.

@@ -2,7 +2,7 @@
 
 A method is found by being a subclass of ``Method``, so a new one is tested without a line here. One of another package
 is tested by `make contract METHOD=path/to/its_file.py`. What a method says that it cannot hold
-(``Method.cannot_hold``) has to fail.
+(``Method.cannot_hold``), or a host (``Host.cannot_hold``), has to fail.
 """
 
 import os
@@ -39,7 +39,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _marks(cell: Cell, compiles: bool, test: str) -> list[pytest.MarkDecorator]:
     marks = [pytest.mark.soak] if (not cell.host.compiled if compiles else cell.host.soak) else []
-    reason = cell.method.cannot_hold.get(test)
+    reason = cell.method.cannot_hold.get(test) or cell.host.cannot_hold.get(test)
     return [*marks, pytest.mark.xfail(strict=True, reason=reason)] if reason else marks
 
 

@@ -1,6 +1,6 @@
 """Every kind of host: small networks of plain torch and of transformers, with an example of their input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 
@@ -22,6 +22,8 @@ class Host:
     """True if only ``make soak`` runs the contract on it."""
     compiled: bool = False
     """True if ``make test`` compiles it, which takes seconds: the others wait for ``make soak``."""
+    cannot_hold: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Items of the contract that the network cannot hold without any adapter, by the names of their tests, and why."""
 
     @cache  # noqa: B019 - the hosts live as long as the test run
     def network(self) -> nn.Module:
@@ -175,6 +177,10 @@ def _text() -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def _seq2seq() -> dict[str, Tensor]:
+    return {**_text(), "decoder_input_ids": _tokens(tiny_models.VOCABULARY, 2, 4)}
+
+
 def _same(*shape: int) -> Callable[[], tuple[Tensor, ...]]:
     def query_key_value() -> tuple[Tensor, ...]:
         x = torch.randn(shape)
@@ -250,6 +256,27 @@ HOSTS = [
         "bert_one_layer", partial(tiny_models.bert, num_hidden_layers=1), _BERT, kwargs=_text, soak=True, compiled=True
     ),
     Host("llama", tiny_models.llama, ("attention", "ffn"), kwargs=_text),
+    Host(
+        "mamba",
+        tiny_models.mamba,
+        ("x_proj", "dt_proj", "conv1d", "out_proj"),
+        kwargs=_text,
+        soak=True,
+        cannot_hold={
+            "test_a_compiled_model_gives_the_same_output_and_gradients": "transformers' own code warns when compiled",
+            **dict.fromkeys(
+                (
+                    "test_adapters_stay_in_full_precision_beside_a_bf16_base",
+                    "test_an_adapter_injected_into_a_bf16_base_trains_in_full_precision",
+                    "test_beside_an_fp64_base_everything_is_fp64",
+                    "test_a_model_cast_to_fp64_computes_what_it_did",
+                ),
+                "its output is fp32 whatever it computes in",
+            ),
+        },
+    ),
+    Host("gemma3", tiny_models.gemma3, ("embed_tokens", "v_proj"), kwargs=_text, soak=True),
+    Host("bart", tiny_models.bart, ("embed_positions", "v_proj"), kwargs=_seq2seq, soak=True),
     Host("cnn", CNN, ("conv1", "conv2"), lambda: (torch.randn(4, 3, 6, 7),), soak=True),
     Host("lstm", RecurrentClassifier, ("head",), lambda: (_tokens(11, 3, 5),), soak=True),
 ]
