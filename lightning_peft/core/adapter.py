@@ -186,7 +186,7 @@ class WeightAdapter(Adapter):
     """
 
     computed_when_read: bool = False
-    """True if the host may do without what it costs to compute."""
+    """True if it is computed where the host reads it, for all adapters at once: ``forward(weight, name, acting)``."""
     names: tuple[str, ...]
     """Paths of the replaced parameters and buffers from the host, such as ``("out_proj.weight",)``."""
 

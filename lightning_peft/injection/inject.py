@@ -14,15 +14,15 @@ from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableEr
 from lightning_peft.injection.freezing import freeze, unfreeze
 from lightning_peft.injection.modules_to_save import plan_modules_to_save, resolve_modules_to_save
 from lightning_peft.injection.names import slot_name
-from lightning_peft.injection.reads import plan_reads
+from lightning_peft.injection.reads import ReadWeights, plan_reads
 from lightning_peft.injection.registry import AttachedAdapter, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.injection.report import Report, report
 from lightning_peft.injection.running import RunWatch
 from lightning_peft.injection.slots import AdapterSlots, named_slots
 from lightning_peft.injection.standins import can_stand_in
 from lightning_peft.network.quantized.weights import is_quantized
-from lightning_peft.network.reads import reads_of
-from lightning_peft.network.walk import CHILD, base_modules, leaf, module_at, parent
+from lightning_peft.network.reads import only_read
+from lightning_peft.network.walk import CHILD, leaf, module_at, parent
 
 
 def inject(model: nn.Module, method: Method, name: str = "default") -> Report:
@@ -200,10 +200,10 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
         if count > 1:
             raise ConfigError(f"{count} adapters of one name on '{placement[0]}': give each a part of its own.")
     # Now, and not while attaching, which must not fail halfway.
-    only_read = {id(below) for _, module in base_modules(model) for read, below in reads_of(module) if read.only}
+    read = only_read(model)
     for own in placements:
         host = model.get_submodule(own.path)
-        if id(host) in only_read and not isinstance(own.adapter, WeightAdapter):
+        if id(host) in read and not isinstance(own.adapter, WeightAdapter):
             raise NotApplicableError(
                 f"{type(own.adapter).__name__} acts where '{own.path}' ({type(host).__name__}) is called, and it never "
                 "is: a module above reads its weights. Leave it out (exclude_modules)."
@@ -216,7 +216,7 @@ def _check_hosts(model: nn.Module, placements: list[Placement]) -> None:
                 "holds the module in a way that is not known, so that no other weights can be given to it. Replace it "
                 "by a bound method, or after the adapter was attached."
             )
-    for path in {p.path for p in placements}:
+    for path in {p.path for p in placements if not isinstance(p.adapter, ReadWeights)}:
         host = model.get_submodule(path)
         if isinstance(host, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             raise ConfigError(

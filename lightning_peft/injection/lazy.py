@@ -12,13 +12,15 @@ class Later:
 
 
 class LazyTable(dict[str, Any]):
-    """The parameters or buffers of a stand-in, some of which come later."""
+    """The parameters or buffers of a stand-in, some of which come later.
+
+    Each read computes anew: one may be under ``no_grad`` or autocast, or be the second time in a backward pass that
+    computes a forward again.
+    """
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
-        if type(value) is Later:
-            value = self[name] = value.compute()
-        return value
+        return value.compute() if type(value) is Later else value
 
     def get(self, name: str, default: Any = None) -> Any:
         try:

@@ -9,51 +9,59 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from lightning_peft.core.adapter import Adapter, Reference, WeightAdapter, in_merge_order
+from lightning_peft.core.adapter import Reference, WeightAdapter, in_merge_order
 from lightning_peft.core.method import Placement
 from lightning_peft.core.recipes import Recipe
-from lightning_peft.errors import NotMergeableError
+from lightning_peft.errors import NotApplicableError, NotMergeableError
 from lightning_peft.injection.slots import AdapterSlots
 from lightning_peft.network.quantized.weights import is_quantized
 from lightning_peft.network.reads import reads_of
-from lightning_peft.network.walk import CHILD, base_modules, join, leaf, parent
+from lightning_peft.network.walk import CHILD, is_wrapper, join, leaf, modules_outside, parent, unwrapped
 
 READS = "reads"
 """The part of what acts at a reader."""
 
 
 class ReadWeights(WeightAdapter):
-    """What a module reads of the weights of layers below it, with the adapters of these in them.
+    """What a module reads of the weights of layers below it, with the adapters in them that act there.
 
     An adapter that is no change of the weights, such as a gated one, acts where its layer is called, and not here.
     """
 
     computed_when_read = True
+    additive = True
 
-    def __init__(self, layers: Mapping[str, tuple[nn.Module, Sequence[str], Sequence[Adapter]]]) -> None:
+    def __init__(self, layers: Mapping[str, tuple[nn.Module, nn.Module, Sequence[str]]]) -> None:
         """Take part in what is read.
 
         Args:
-            layers: by path from the reader: a layer, the names of its tensors that are read, and its adapters.
+            layers: by path from the reader: a layer, the module that carries its adapters (torch may have wrapped the
+                layer in it), and the names of its tensors that are read.
         """
         super().__init__()
-        self.names = tuple(join(path, name) for path, (_, names, _) in layers.items() for name in names)
-        self.layers = {path: Reference(layer) for path, (layer, _, _) in layers.items()}
-        self.adapters = {
-            path: [Reference(adapter) for adapter in in_merge_order(own)] for path, (_, _, own) in layers.items()
-        }
-        self.additive = all(adapter.module.additive for own in self.adapters.values() for adapter in own)
+        self.names = tuple(join(path, name) for path, (*_, names) in layers.items() for name in names)
+        self.layers = {path: Reference(layer) for path, (layer, *_) in layers.items()}
+        self.hosts = {path: Reference(host) for path, (_, host, _) in layers.items()}
 
-    def forward(self, weight: Tensor, name: str) -> Tensor:
+    def forward(self, weight: Tensor, name: str, acting: tuple[str, ...] = ()) -> Tensor:
+        """What ``merge`` would make of a layer's tensor, adapter by adapter in the order in which they act.
+
+        Args:
+            weight: the tensor.
+            name: its path from the reader.
+            acting: the adapters that act for the code that is running.
+        """
         layer, own = self.layers[parent(name)].module, leaf(name)
-        if isinstance(slots := layer._modules.get(CHILD), AdapterSlots):
-            slots.note_run()
+        slots = self.hosts[parent(name)].module._modules.get(CHILD)
+        if not isinstance(slots, AdapterSlots):
+            return weight
+        slots.note_run()
         held = {**layer._parameters, **layer._buffers, own: weight}
         # In at least fp32, as merge wants them: rounded once.
         tensors = {key: _widened(tensor) for key, tensor in held.items() if tensor is not None}
-        for adapter in self.adapters[parent(name)]:
+        for adapter in in_merge_order([part for by in acting for part in slots.parts(by).values()]):
             try:
-                tensors |= adapter.module.merge(tensors)
+                tensors |= adapter.merge(tensors)
             except NotMergeableError:  # it acts where the layer is called
                 continue
         return tensors[own].to(weight.dtype)
@@ -70,16 +78,29 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def plan_reads(model: nn.Module, placements: Sequence[Placement]) -> Iterator[Placement]:
-    """What has to act at the modules that read the weights of adapted layers."""
-    adapted: dict[int, list[Adapter]] = {}
-    for placement in placements:
-        adapted.setdefault(id(model.get_submodule(placement.path)), []).append(placement.adapter)
-    for path, module in base_modules(model):
-        layers = {
-            read.path: (layer, names, adapted[id(layer)])
-            for read, layer in reads_of(module)
+    """What has to act at the modules that read the weights of adapted layers.
+
+    Raises:
+        NotApplicableError: a reader writes into such a weight, too.
+    """
+    adapted: dict[int, tuple[str, nn.Module]] = {}
+    for plain in {placement.path for placement in placements}:
+        host = model.get_submodule(plain)
+        adapted[id(unwrapped(host))] = plain, host
+    for path, module in modules_outside(model):
+        layers = {}
+        for read, layer in [] if is_wrapper(module) else reads_of(module):
             # A packed weight says nothing to who reads it.
-            if id(layer) in adapted and (names := [n for n in read.names if not is_quantized(getattr(layer, n))])
-        }
+            names = [name for name in read.names if not is_quantized(getattr(layer, name))]
+            if id(layer) not in adapted or not names:
+                continue
+            plain, host = adapted[id(layer)]
+            if read.writes:
+                raise NotApplicableError(
+                    f"The forward of '{path}' ({type(module).__name__}) reads the weights of '{plain}', "
+                    "and writes into them, which does not go with what an adapter makes of them. Leave that layer out "
+                    "(exclude_modules)."
+                )
+            layers[read.path] = layer, host, names
         if layers:
             yield Placement(path, ReadWeights(layers), READS)

@@ -6,6 +6,7 @@ beside an adapted layer has come or gone.
 """
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.injection.registry import Registry
 from lightning_peft.injection.slots import AdapterSlots
-from lightning_peft.network.walk import CHILD, has_parameters, leaf, module_at, parent, starred, within
+from lightning_peft.network.walk import CHILD, has_parameters, join, leaf, module_at, parent, starred, within
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 
@@ -24,13 +25,11 @@ class RunWatch:
 
     def __init__(self, owner: nn.Module, registry: Registry) -> None:
         self.registry = registry
-        self.idle: tuple[str, ...] = ()
-        """Layers that are known not to run: the layers beside them did."""
         self._open, self._warned = False, False  # whether something is yet to be told, and was told
-        self._unsure = ""  # what has changed since the last forward
-        self._judged: tuple[str, ...] = ()  # the adapters that acted then
+        self._judged: set[str] = set()  # the adapters that have acted by then
         self._parents: list[tuple[nn.Module, int]] = []  # what holds adapted layers, with its number of children
         self._children: list[tuple[str, set[str]]] = []  # the paths of these, and the names of the children
+        self._grown: dict[str, str] = {}  # of these, what has got a new child since, and its name
         # The forward of a LightningModule need not be all that it does; whoever runs its steps asks then.
         if not hasattr(owner, "training_step"):
             registry.handles.append(owner.register_forward_hook(self._end))
@@ -45,40 +44,42 @@ class RunWatch:
         found = [(path, module) for path in paths if path and (module := module_at(owner, path)) is not None]
         self._parents = [(module, len(module._modules)) for _, module in found]
         self._children = [(path, set(module._modules)) for path, module in found]
-        self._open, self.idle = True, ()
+        self._open = True
 
     def check(self, owner: nn.Module) -> None:
-        """Raise if it is known, or cannot be known yet, that a layer does not run.
+        """Raise if a new layer runs in place of adapted ones, or may do so.
 
         Raises:
             NotApplicableError: says which.
         """
-        for (module, _), (path, before) in zip(self._parents, self._children, strict=True):
-            new = [name for name in module._modules.keys() - before - {CHILD} if has_parameters(getattr(module, name))]
-            if new:
-                self.start(owner)
-                self._unsure = f"'{path}' ({type(module).__name__}), which holds adapted layers, has got '{min(new)}'"
-                break
-        if self._unsure:
+        self._look(owner)
+        slots = self.registry.slots
+        for path, name in list(self._grown.items()):
+            beside = [p for p, own in slots.items() if parent(p) == path and _learned(own, self.registry.attachments)]
+            idle = [p for p in beside if not slots[p].ran]
+            if not idle or module_at(owner, join(path, name)) is None:  # it stands for none of them, or is gone
+                del self._grown[path]
+                continue
+            has = f"'{path}', which holds adapted layers, has got '{name}' since adapters were attached"
+            if not any(own.ran for own in slots.values()):
+                raise NotApplicableError(
+                    f"{has} (as fuse_qkv_projections of diffusers does it), and may run that in their place. Undo it; "
+                    "or run one batch, which shows whether they still run, and try again."
+                )
             raise NotApplicableError(
-                f"{self._unsure} since adapters were attached (as fuse_qkv_projections of diffusers does it), and may "
-                "run that in their place. Undo it; or run one batch, which shows whether they still run, and try again."
-            )
-        if self.idle:
-            raise NotApplicableError(
-                f"Adapted layers that did not run in the last forward of {type(owner).__name__}, while layers beside "
-                f"them did: {len(self.idle)}, first '{self.idle[0]}'. Adapters do nothing there, and would do "
-                "something once they are in the weights. Undo what has replaced these layers, or leave them out "
-                "(exclude_modules)."
+                f"{has}, and {len(idle)} of them have not run since, first '{idle[0]}'. Adapters do nothing there, and "
+                "would do something once they are in the weights. Undo what has replaced these layers, or load the "
+                "adapter into a fresh model."
             )
 
     def judge_if_open(self, owner: nn.Module) -> None:
         """See which layers have run, now that a whole forward is done, if that is open; warn once if some have not."""
-        if self._open or self._judged != self.registry.active:
-            self._judge(owner)
+        acting = self.registry.acting()
+        if acting and (self._open or not self._judged.issuperset(acting)):
+            self._judge(owner, acting)
 
-    def _judge(self, owner: nn.Module) -> None:
-        slots, acting = self.registry.slots, self.registry.acting()
+    def _judge(self, owner: nn.Module, acting: tuple[str, ...]) -> None:
+        slots = self.registry.slots
         ran = [path for path, own in slots.items() if own.ran or not path]
         # Of experts, and of blocks that are dropped, some run each time; a tied copy acts where its twin does.
         alike = {starred(path) for path in ran}
@@ -91,8 +92,8 @@ class RunWatch:
             if id(module_at(owner, path)) not in unseen
             if any(id(p) not in learned for p in _learned(own, acting))
         ]
-        self.idle = tuple(path for path in idle if _is_passed(path, ran))
-        self._open, self._judged, self._unsure = bool(idle), self.registry.active, ""
+        self._open = bool(idle)
+        self._judged |= {*acting}
         if idle and not self._warned:
             self._warned = True
             warnings.warn(
@@ -102,9 +103,20 @@ class RunWatch:
                 stacklevel=2,
             )
 
+    def _look(self, owner: nn.Module) -> None:
+        """Note what has come beside adapted layers."""
+        if not any(len(module._modules) != number for module, number in self._parents):
+            return
+        for (module, _), (path, before) in zip(self._parents, self._children, strict=True):
+            new = module._modules.keys() - before - {CHILD}
+            own = [name for name in new if (child := module._modules[name]) is not None and has_parameters(child)]
+            if own:
+                self._grown[path] = min(own)
+        self.start(owner)
+
     def _begin(self, owner: nn.Module, args: Any) -> None:
-        if not _is_compiling() and any(len(module._modules) != number for module, number in self._parents):
-            self.start(owner)
+        if not _is_compiling():
+            self._look(owner)
 
     def _end(self, owner: nn.Module, args: Any, output: Any) -> None:
         if not _is_compiling():
@@ -116,7 +128,7 @@ def _is_passed(path: str, ran: list[str]) -> bool:
     return bool(parent(path)) and not leaf(path).isdigit() and any(within(other, [parent(path)]) for other in ran)
 
 
-def _learned(slots: AdapterSlots, acting: tuple[str, ...]) -> list[nn.Parameter]:
+def _learned(slots: AdapterSlots, acting: Iterable[str]) -> list[nn.Parameter]:
     """What is learned at a layer; parts that hand on what others need have nothing."""
     return [p for name in acting for adapter in slots.parts(name).values() for p in adapter.parameters()]
 

@@ -156,6 +156,11 @@ class AdapterSlots(Beside):
         here = scope.at is not None and scope.at[0] is self and scope.at[1] is not None
         return tuple(n for n in ((scope.at[1],) if here else scope.names) if n in self._parts)  # type: ignore[index]
 
+    @property
+    def unfolded(self) -> tuple[str, ...]:
+        """As :attr:`active`, without those that are folded into the base."""
+        return tuple(name for name in self.active if name not in self._scopes.folded)
+
     def acting_adapters(self) -> list[Adapter]:
         """The adapters that act for the code that is running, in the order of activation."""
         return [adapter for name in self.active for adapter in self.parts(name).values()]
@@ -268,16 +273,19 @@ class HostForward(HeldForward):
         if not (kinds.weights or kinds.around) or not self.holds:
             return None
         made: dict[str, Any] = {}
+        readers: dict[str, WeightAdapter] = {}
         for adapter in kinds.weights:
+            if adapter.computed_when_read:
+                readers |= dict.fromkeys(adapter.names, adapter)
+                continue
             for path in adapter.names:
-                value = made[path] if path in made else value_at(self.host, path)
-                later = adapter.computed_when_read and not _is_compiling()
-                made[path] = Later(partial(_changed, adapter, value, path)) if later else adapter(value, path)
+                made[path] = adapter(made[path] if path in made else value_at(self.host, path), path)
+        if readers:
+            acting = self.slots.unfolded
+            for path, adapter in readers.items():
+                compute = partial(adapter, made[path] if path in made else value_at(self.host, path), path, acting)
+                made[path] = compute() if _is_compiling() else Later(compute)
         return made, kinds.around
-
-
-def _changed(adapter: WeightAdapter, value: Any, path: str) -> Any:
-    return adapter(value.compute() if isinstance(value, Later) else value, path)
 
 
 def named_slots(model: nn.Module) -> Iterator[tuple[str, nn.Module, AdapterSlots]]:

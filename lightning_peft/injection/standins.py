@@ -9,7 +9,8 @@ import copy
 import inspect
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from operator import is_
 from types import MethodType
@@ -22,6 +23,7 @@ from lightning_peft.core.adapter import CallAdapter, Run
 from lightning_peft.errors import NotApplicableError
 from lightning_peft.injection.lazy import Later, LazyTable
 from lightning_peft.injection.rebinding import holds, rebound
+from lightning_peft.network.reads import words_of
 from lightning_peft.network.walk import CHILD
 
 _TABLES = ("_parameters", "_buffers")
@@ -96,23 +98,16 @@ class HeldForward(ABC):
         )
         if _is_compiling():
             return forward(*args, **kwargs)
-        own, host = vars(made), vars(self.host)
-        begun, host_begun = own.copy(), host.copy()
-        tables = [(host[table], own[table], own[table].copy()) for table in _TABLES if own[table] is not host[table]]
+        before, host = vars(self.host).copy(), vars(self.host)
+        kept = [_Kept(module, twin) for module, twin in _pairs(self.host, made)]
         try:
             return forward(*args, **kwargs)
         finally:
-            if not _are_same(host_begun, host):
-                self._check_unread(
-                    {name for name in host if host_begun.get(name, _MISSING) is not host[name]}, begun, own
-                )
-            # Compared with the stand-in as it was: the module may have been changed by another thread meanwhile.
-            if not _are_same(begun, own):
-                host.update({name: value for name, value in own.items() if begun.get(name, _MISSING) is not value})
-            for table, now, then in tables:
-                if not _are_same(then, now):  # what stands in place of the module's own is not the module's
-                    kept = {name for name in now if then.get(name) is table.get(name)}
-                    table.update({name: now[name] for name in kept if now[name] is not table.get(name)})
+            if not _are_same(before, host):
+                changed = {name for name in host if before.get(name, _MISSING) is not host[name]}
+                self._check_unread(changed - kept[0].changed())
+            for one in kept:
+                one.keep()
 
     def _call_flagged(self, flags: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a forward that takes no stand-in, with other flags on the module itself meanwhile.
@@ -128,19 +123,21 @@ class HeldForward(ABC):
             finally:
                 own.update(before)
 
-    def _check_unread(self, changed: set[str], begun: dict[str, Any], own: dict[str, Any]) -> None:
+    def _check_unread(self, changed: set[str]) -> None:
         """Raise if something else has set an attribute of the module during the call that its forward reads.
 
         Raises:
             NotApplicableError: it has, such as a hook of a child's: the forward has read what was there before.
         """
-        code = getattr(inspect.unwrap(type(self.host).forward), "__code__", None)
-        for name in changed & set(code.co_names if code else ()):
-            if own.get(name, _MISSING) is begun.get(name, _MISSING):
-                raise NotApplicableError(
-                    f"A hook has set '{name}' of {self.where} while its forward, which reads that, ran with other "
-                    "weights and could not see it. Adapt the layers inside of it in place of the whole."
-                )
+        if not changed:
+            return
+        kind: Any = type(self.host)
+        for name in changed & words_of(kind):
+            raise NotApplicableError(
+                f"A hook, or a module below, has set '{name}' of {self.where} while its forward, which reads that, ran "
+                "with other weights and could not see it. Keep that elsewhere than on the module, or leave out what is "
+                "adapted there (exclude_modules): the module itself, or a layer whose weight it reads."
+            )
 
     def bound_to(self, host: nn.Module) -> "HeldForward":
         """The same for a stand-in of the module."""
@@ -210,7 +207,7 @@ def _pair_at(path: str, below: dict[str, _Pair], passed: bool = False) -> _Pair:
     below[path] = child, _shared(child)
     own["_modules"][name] = below[path][1]
     if passed or CHILD in child._modules:  # only read: adapters at and in the module itself act where that is called
-        vars(below[path][1]).update({**{name: {} for name in _HOOKS}, "forward": child})
+        vars(below[path][1]).update({**{name: OrderedDict() for name in _HOOKS}, "forward": child})
     return below[path]
 
 
@@ -252,6 +249,45 @@ def _shared(module: nn.Module) -> nn.Module:
             if type(value) is MethodType and value.__self__ is module:
                 own[name] = MethodType(value.__func__, made)
     return made
+
+
+class _Kept:
+    """What a forward sets on a stand-in, which is kept on the module that it stands for."""
+
+    def __init__(self, module: nn.Module, twin: nn.Module) -> None:
+        self.module, self.twin, self.begun = module, twin, vars(twin).copy()
+        # Compared with the stand-in as it was: the module may have been changed by another thread meanwhile.
+        own, host = vars(twin), vars(module)
+        tables = [table for table in (*_TABLES, "_modules") if own[table] is not host[table]]
+        self.tables = [(host[table], own[table], dict.copy(own[table])) for table in tables]
+
+    def changed(self) -> set[str]:
+        """The attributes that were set on the stand-in."""
+        own = vars(self.twin)
+        return {name for name, value in own.items() if self.begun.get(name, _MISSING) is not value}
+
+    def keep(self) -> None:
+        """Set on the module what was set on its stand-in; what stands in place of the module's own is not its."""
+        own, host = vars(self.twin), vars(self.module)
+        host.update({name: own[name] for name in self.changed()})
+        for name in self.begun.keys() - own.keys():
+            if host.get(name, _MISSING) is self.begun[name]:  # it has become a parameter, a buffer or a module
+                del host[name]
+        for table, now, then in self.tables:
+            # Without a look at the values themselves, which may come later.
+            for name, value in dict.items(now):
+                if then.get(name, _MISSING) is not value and then.get(name) is table.get(name):
+                    table[name] = value
+
+
+def _pairs(module: nn.Module, twin: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """A module and its stand-in, and those below that have one, too."""
+    yield module, twin
+    own, before = vars(twin)["_modules"], vars(module)["_modules"]
+    if own is not before:
+        for name, child in own.items():
+            if child is not before.get(name):
+                yield from _pairs(before[name], child)
 
 
 def _are_same(then: dict[str, Any], now: dict[str, Any]) -> bool:

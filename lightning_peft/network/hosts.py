@@ -18,7 +18,7 @@ from lightning_peft.errors import NotApplicableError
 from lightning_peft.network.forwards import has_known_forward, scaling_attribute
 from lightning_peft.network.layouts import ConvLayout, EmbeddingLayout, Layout, TransposedLayout
 from lightning_peft.network.quantized.weights import is_quantized
-from lightning_peft.network.reads import reads_of
+from lightning_peft.network.reads import only_read
 from lightning_peft.network.walk import base_modules, join, parent
 from lightning_peft.optional import hf_conv1d
 
@@ -173,9 +173,8 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
         NotApplicableError: a lazy layer has no weight yet.
     """
     claimed: set[int] = set()
-    only_read: set[int] = set()  # by a module above, which comes first
+    read = only_read(model)
     for path, module in base_modules(model):
-        only_read.update(id(below) for read, below in reads_of(module) if read.only)
         for name, parameter in module._parameters.items():
             if isinstance(parameter, UninitializedParameter):
                 raise NotApplicableError(
@@ -188,6 +187,6 @@ def find_hosts(model: nn.Module) -> Iterator[Host]:
             # A child whose weight its parent reads never runs, so it is no host of its own.
             if owner := parent(weight.parameter):
                 claimed.add(id(module.get_submodule(owner)))
-            alone = weight.weight_only or id(module) in only_read
-            own = {**vars(weight), "name": join(path, weight.name), "weight_only": alone}
+            own = {**vars(weight), "name": join(path, weight.name)}
+            own["weight_only"] = weight.weight_only or id(module) in read
             yield Host(**own, path=path, module=module)

@@ -2,30 +2,30 @@
 
 What acts on a layer's output, or while its own forward runs, is nothing to such a reader. It is found in the source of
 what the class's forward calls on itself; questions (``self.fc.weight.dtype``, ``isinstance(self.fc.weight, Tensor)``)
-are no reads. Readers outside of the class are not seen.
+are no reads. Readers outside of the class are not seen, nor methods that others call.
 """
 
 import ast
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from textwrap import dedent
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
 
-from lightning_peft.network.walk import Beside, join
+from lightning_peft.network.source import Chains
+from lightning_peft.network.walk import Beside, is_wrapper, join, modules_outside
 
 _TENSORS = frozenset({"weight", "bias"})
+_ALL = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 _QUESTIONS = frozenset(
-    {"data", "device", "dim", "dtype", "element_size", "grad", "is_cuda", "is_meta", "is_sparse", "ndim", "numel"}
-    | {"requires_grad", "shape", "size", "type", "untyped_storage", "data_ptr", "is_floating_point"}
+    {"device", "dim", "dtype", "element_size", "grad", "is_cuda", "is_meta", "is_sparse", "ndim", "numel", "shape"}
+    | {"requires_grad", "size", "type", "untyped_storage", "data_ptr", "is_floating_point"}
 )
-_ASKING = frozenset({"isinstance", "hasattr", "id", "type", "len"})
 _OTHERS = frozenset({"torch", "builtins", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_peft"})
-_EACH = "*"  # in place of the name of a child that is chosen by an index
 
 
 @dataclass(frozen=True)
@@ -37,68 +37,112 @@ class Read:
     names: tuple[str, ...]
     """``weight``, ``bias`` or both."""
     only: bool
-    """True if the reader does nothing else with the module: its forward does not run there."""
+    """True if the reader does nothing else with the module."""
+    writes: bool = False
+    """True if the reader writes into the tensors, too."""
 
 
 def reads_of(module: nn.Module) -> list[tuple[Read, nn.Module]]:
     """What ``module`` reads off modules below, with each of these."""
-    found, kind = [], type(module)
-    for read in _reads(kind) if module._modules else ():  # type: ignore[arg-type]  # classes are hashable
+    if not module._modules:
+        return []
+    found, own = [], vars(module).get("forward")
+    # Somebody's own forward of this one module; what adapters hold runs that of the class.
+    given = own.__func__ if isinstance(own, MethodType) and own.__self__ is module else None
+    for read in _reads(type(module), given or type(module).forward):  # type: ignore[arg-type]  # functions are hashable
         for path, below in _resolved(module, read.path.split(".")):
             names = tuple(name for name in read.names if below._parameters.get(name) is not None)
             if names:
-                found.append((Read(path, names, read.only), below))
+                found.append((Read(path, names, read.only, read.writes), below))
     return found
 
 
+def only_read(model: nn.Module) -> set[int]:
+    """The modules below ``model``, by their ids, whose forward never runs: all that hold them do is read."""
+    read: set[int] = set()
+    called: set[int] = set()
+    for _, module in modules_outside(model):
+        if is_wrapper(module) or type(module) in (nn.ModuleList, nn.ModuleDict):  # these run nothing
+            continue
+        alone = {id(below) for found, below in reads_of(module) if found.only}
+        read |= alone
+        called |= {id(child) for child in module._modules.values()} - alone
+    return read - called
+
+
 def _resolved(module: nn.Module, parts: list[str], path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    if not parts:
+    if is_wrapper(module):
+        (name, inner), *_ = module._modules.items()
+        assert inner is not None
+        yield from _resolved(inner, parts, join(path, name))
+    elif not parts:
         yield path, module
-        return
-    for name, child in module._modules.items():
-        if child is not None and parts[0] in (name, _EACH) and not isinstance(child, Beside):
-            yield from _resolved(child, parts[1:], join(path, name))
+    else:
+        for name, child in module._modules.items():
+            if child is not None and parts[0] in (name, Chains.EACH) and not isinstance(child, Beside):
+                yield from _resolved(child, parts[1:], join(path, name))
 
 
 @cache
-def _reads(kind: Any) -> tuple[Read, ...]:
+def _reads(kind: type[nn.Module], forward: Any) -> tuple[Read, ...]:
     """What the forward of a class reads, and what it calls on itself."""
     names: dict[str, set[str]] = {}
     used: set[str] = set()
-    functions = list(_reached(kind))
+    written: set[str] = set()
+    functions = list(_reached(kind, forward))
     if not any(_TENSORS & _words(function.__code__) for function in functions):
         return ()  # as nearly always; to read the source takes a hundred times as long
     for function in functions:
-        for path, name in _chains(function):
-            if name:
-                names.setdefault(path, set()).add(name)
-            else:
-                used.add(path)
+        for parts, changes in _chains(function):
+            at = next((i for i, part in enumerate(parts) if i and part in _TENSORS), None)
+            if at is None:
+                used.add("" if parts[0] in _ALL else ".".join(parts))
+            elif changes:
+                written.add(".".join(parts[:at]))
+            elif not _QUESTIONS.intersection(parts[at + 1 : at + 2]):
+                names.setdefault(".".join(parts[:at]), set()).add(parts[at])
     return tuple(
-        Read(path, tuple(sorted(found)), not any(f"{path}.".startswith(f"{top}.") for top in used))
+        Read(path, tuple(sorted(found)), not any(_is_in(path, top) for top in used), path in written)
         for path, found in names.items()
     )
 
 
-def _reached(kind: type[nn.Module]) -> Iterator[FunctionType]:
+@cache
+def words_of(kind: Any) -> frozenset[str]:
+    """The names of attributes in the functions that the forward of a class comes to."""
+    return frozenset().union(*(_words(function.__code__) for function in _reached(kind, kind.forward)))
+
+
+def _is_in(path: str, top: str) -> bool:
+    return not top or f"{path}.".startswith(f"{top}.")
+
+
+def _reached(kind: type[nn.Module], forward: Any) -> Iterator[FunctionType]:
     """The functions of a class, and of its bases, that its forward comes to; torch's own left out."""
-    waiting, seen = ["forward"], {"forward"}
+    seen, defined = {"forward"}, _defined(kind, "forward")
+    # Or one that was given to this module alone.
+    given = not any(vars(base).get("forward") is forward for base in kind.__mro__)
+    waiting = [[forward] if given else defined]
     while waiting:
-        name = waiting.pop()
-        for base in kind.__mro__:
-            function = _function(vars(base).get(name))
-            if function is None or base.__module__.partition(".")[0] in _OTHERS:
-                continue
+        for function in filter(None, map(_function, waiting.pop())):
             yield function
             words = _words(function.__code__)
-            waiting += words - seen
+            waiting += [_defined(kind, name) for name in words - seen]
             seen |= words
-            if "super" not in words:
+            # Bases are asked by super(), or by their names.
+            if not words & {"super", *(base.__name__ for base in kind.__mro__[1:])}:
                 break
 
 
+def _defined(kind: type, name: str) -> list[Any]:
+    """What a class and its bases, torch's left out, have under ``name``."""
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _OTHERS]
+    return [vars(base)[name] for base in bases if name in vars(base)]
+
+
 def _function(attribute: Any) -> FunctionType | None:
-    attribute = getattr(attribute, "fget", None) or getattr(attribute, "__func__", attribute)
+    for inner in ("fget", "__func__", "func"):  # of properties, class methods and cached properties
+        attribute = getattr(attribute, inner, None) or attribute
     function = inspect.unwrap(attribute) if callable(attribute) else None
     return function if isinstance(function, FunctionType) else None
 
@@ -109,39 +153,12 @@ def _words(code: CodeType) -> set[str]:
     return set(code.co_names).union(*inside)
 
 
-def _chains(function: FunctionType) -> Iterator[tuple[str, str]]:
-    """What a method does with what is below its module: (path, name of a tensor that it reads), or (path, "")."""
+def _chains(function: FunctionType) -> Iterable[tuple[tuple[str, ...], bool]]:
+    """What a function does with the attributes of its first argument."""
     try:
         (tree,) = ast.parse(dedent(inspect.getsource(function))).body
     except (OSError, SyntaxError, ValueError):  # written in a console, for one
-        return
+        return ()
     if not isinstance(tree, ast.FunctionDef) or not (arguments := [*tree.args.posonlyargs, *tree.args.args]):
-        return
-    me, inner, asked = arguments[0].arg, set[int](), set[int]()
-    for node in ast.walk(tree):  # outer parts of an expression come before inner ones
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _ASKING:
-            asked.update(map(id, node.args))
-        elif isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
-            asked.add(id(node.left))
-        if not isinstance(node, (ast.Attribute, ast.Subscript)) or id(node) in inner:
-            continue
-        parts, inside = _parts(node)
-        inner.update(map(id, inside))
-        if not parts or parts[0] != me or isinstance(node.ctx, ast.Store) or id(node) in asked:
-            continue
-        at = next((i for i, part in enumerate(parts) if i > 1 and part in _TENSORS), None)
-        if at is None:
-            yield ".".join(parts[1:]), ""
-        elif not (len(parts) > at + 1 and parts[at + 1] in _QUESTIONS):
-            yield ".".join(parts[1:at]), parts[at]
-
-
-def _parts(node: ast.expr) -> tuple[list[str], list[ast.expr]]:
-    """``self.layers[i].weight`` as self, layers, *, weight; and the parts of the expression. Empty for others."""
-    parts: list[str] = []
-    inside: list[ast.expr] = []
-    while isinstance(node, (ast.Attribute, ast.Subscript)):
-        parts.append(node.attr if isinstance(node, ast.Attribute) else _EACH)
-        node = node.value
-        inside.append(node)
-    return ([*reversed(parts)] if not isinstance(node, ast.Name) else [node.id, *reversed(parts)]), inside
+        return ()
+    return Chains(tree, arguments[0].arg)

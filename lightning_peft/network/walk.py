@@ -73,6 +73,13 @@ def is_wrapper(module: nn.Module) -> bool:
     return not _WRAPPERS.isdisjoint(module._modules)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside what torch has put around it."""
+    while is_wrapper(module):
+        module = next(child for name, child in module._modules.items() if name in _WRAPPERS and child is not None)
+    return module
+
+
 def plain_name(name: str) -> str:
     """``"net._orig_mod.0.weight"`` without the parts that ``torch.compile`` and its like put in: ``"net.0.weight"``.
 

@@ -9,7 +9,7 @@ from tiny_models import bert
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lightning_peft import LoRA, activate, inject, merge, merged, remove, save_adapter
+from lightning_peft import LoRA, activate, active, disabled, inject, merge, merged, remove, save_adapter
 from lightning_peft.errors import NotApplicableError
 
 
@@ -50,12 +50,16 @@ def test_a_layer_that_another_one_has_replaced_is_told_and_refused(tmp_path: pyt
     net[0].fuse()
     before = copy.deepcopy(net.state_dict())
     for _ in range(2):  # it stays so until a forward has shown it
-        with pytest.raises(NotApplicableError, match=r"'0' \(Attention\), which holds adapted layers, has got 'to_qk'"):
+        with pytest.raises(
+            NotApplicableError, match=r"'0', which holds adapted layers, has got 'to_qk'.*run one batch"
+        ):
             merge(net)
     with pytest.warns(UserWarning, match=r"have not run in a forward of Sequential: 2, first '0\.to_q'"):
         net(x)
     for refused in (merge, lambda net: merged(net).__enter__(), lambda net: save_adapter(net, tmp_path / "after")):  # type: ignore[operator]
-        with pytest.raises(NotApplicableError, match=r"while layers beside them did: 2, first '0\.to_q'"):
+        with pytest.raises(
+            NotApplicableError, match=r"has got 'to_qk' since .* 2 of them have not run since, first '0\.to_q'"
+        ):
             refused(net)
     assert not (tmp_path / "after").exists()  # type: ignore[operator]
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
@@ -65,11 +69,57 @@ def test_a_layer_that_another_one_has_replaced_is_told_and_refused(tmp_path: pyt
     merge(net)
 
 
+@pytest.mark.parametrize("forwards", [0, 1])
+def test_what_the_base_alone_does_changes_nothing_of_that(forwards: int) -> None:
+    """Nor what a model does that is called by its parts, or as a LightningModule is."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(Attention())
+
+        def training_step(self) -> None: ...
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    net, x = Steps(), torch.randn(2, 4)
+    inject(net, LoRA(r=2))
+    net(x)
+    net.net[0].fuse()
+    for _ in range(forwards):
+        net(x)
+    with disabled(net):
+        net.net(x)
+    with pytest.raises(NotApplicableError, match="2 of them have not run since" if forwards else "run one batch"):
+        merge(net)
+    del net.net[0].to_qk
+    net.net[0](x)
+    merge(net)
+
+
+def test_an_adapter_that_acts_in_a_block_alone_is_looked_at_too() -> None:
+    class Unread(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.to_out(self.to_k(x))
+
+    net, x = nn.Sequential(Unread()), torch.randn(2, 4)
+    inject(net, LoRA(r=2, target_modules=["to_out"]), "a")
+    inject(net, LoRA(r=2, target_modules=["to_q"]), "b")
+    activate(net, "a")
+    with disabled(net):
+        net(x)
+    net(x)
+    with active(net, "b"), pytest.warns(UserWarning, match=r"first '0\.to_q'"):
+        net(x)
+
+
 def test_what_is_added_beside_and_changes_nothing_is_no_harm() -> None:
     net, x = nn.Sequential(Attention()), torch.randn(2, 4)
     inject(net, LoRA(r=2))
     net[0].dropout = nn.Dropout()
     net.head = nn.Linear(4, 4)
+    net[0].later = None
     expected = net(x)
     net[0].other = nn.Linear(4, 4)
     with pytest.raises(NotApplicableError, match="run one batch"):

@@ -87,7 +87,7 @@ class Further(nn.Module):
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_reads_are_told_from_calls_questions_and_writes(kind: type[nn.Module], found: dict[str, Any]) -> None:
-    assert {read.path: (read.names, read.only) for read in _reads(kind)} == found
+    assert {read.path: (read.names, read.only) for read in _reads(kind, kind.forward)} == found
 
 
 def test_what_is_there_is_found_by_its_path() -> None:
@@ -102,4 +102,4 @@ def test_what_is_there_is_found_by_its_path() -> None:
 def test_a_class_without_source_reads_nothing() -> None:
     space: dict[str, Any] = {"nn": nn}
     exec("class Made(nn.Module):\n    def forward(self, x):\n        return x @ self.fc.weight", space)
-    assert _reads(space["Made"]) == ()
+    assert _reads(space["Made"], space["Made"].forward) == ()
