@@ -146,8 +146,8 @@ def _raise_if_any(missing: Collection[str], module: nn.Module) -> None:
     reason = (
         "the loss does not depend on that layer's output. See whether the module detaches it or runs it under no_grad"
         if ran[first]
-        else "that layer did not run. See whether another one runs in its place, or what reads its weight is no module "
-        "above it"
+        else "that layer did not run. See whether another one runs in its place, or its weight is read elsewhere than "
+        "in the forward of a module above it"
     )
     raise GradientError(
         f"The adapter {', '.join(map(repr, adapters))} got no gradient at {len(hosts)} of its layers, first '{first}': "
