@@ -21,6 +21,9 @@ from lightning_peft.errors import NotApplicableError
 from lightning_peft.methods.prefix_tuning import Prefix
 from lightning_peft.methods.prompt_tuning import Prompt
 
+# Some of these models read images as well, or another model's states, which they are not given here.
+pytestmark = pytest.mark.filterwarnings("ignore:Adapted layers that have not run:UserWarning")
+
 _REMEMBERED = "Recurrent layers remember the tokens, and the prefix stands before the attentions alone."
 _LOOPED = "The layers run several times, with other keys each time, and a prefix is the same each time."
 _LOOKED_UP = "Every layer looks the tokens up by their ids once more, and virtual tokens have none."
