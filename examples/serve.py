@@ -23,7 +23,7 @@ from fastapi import FastAPI, HTTPException
 from pydantic import BaseModel, Field
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lightning_peft import adapters, load_adapter, route
+from lightning_peft import PEFTError, adapters, load_adapter, route
 
 ROWS, SECONDS = 16, 0.010  # a batch goes when it has so many rows, or so long after the first of them arrived
 
@@ -115,14 +115,23 @@ def app_of(queue: Queue, names: Sequence[str]) -> FastAPI:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapters", nargs="+", type=Path, metavar="DIRECTORY")
-    parser.add_argument("--base", help="directory of the pretrained model (default: all-MiniLM-L6-v2)")
-    parser.add_argument("--labels", nargs="+", default=["negative", "positive"], help="of the classes, in their order")
+    parser.add_argument("--base", type=Path, help="directory of the pretrained model (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--labels", default="negative,positive", help="of the classes, in their order")
     parser.add_argument("--port", type=int, default=8000)
     options = parser.parse_args()
+    names = [directory.name for directory in options.adapters]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        parser.error(f"two directories are called {repeated[0]!r}, and that is what requests name adapters by")
+    if missing := [str(path) for path in [*options.adapters, options.base] if path is not None and not path.is_dir()]:
+        parser.error(f"there is no directory {missing[0]}")
     base = options.base or model_dir()
-    model = AutoModelForSequenceClassification.from_pretrained(base, id2label=dict(enumerate(options.labels)))
-    for directory in options.adapters:
-        load_adapter(model, directory, directory.name)
+    labels = dict(enumerate(options.labels.split(",")))
+    model = AutoModelForSequenceClassification.from_pretrained(base, id2label=labels)
+    try:
+        for name, directory in zip(names, options.adapters, strict=True):
+            load_adapter(model, directory, name)
+    except PEFTError as error:
+        parser.error(f"{directory}: {error}")
     uvicorn.run(make_app(model, AutoTokenizer.from_pretrained(base)), port=options.port)
 
 

@@ -10,11 +10,11 @@ from lightning_peft.checkpoints.fingerprint import check_base, check_own_base, f
 from lightning_peft.checkpoints.guard import as_checkpoint_error
 from lightning_peft.checkpoints.loading import plan_stored, seen_from
 from lightning_peft.checkpoints.tensors import TensorView, check_tensors, fill_own, own_views, view_of
+from lightning_peft.components.modules_to_save import resolve_modules_to_save
 from lightning_peft.components.tuned import TunedParameters
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, CheckpointError
 from lightning_peft.injection.inject import Injection, attach
-from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 from lightning_peft.injection.names import owner_of
 from lightning_peft.injection.registry import registries
 from lightning_peft.network.walk import join, outermost, plain_name

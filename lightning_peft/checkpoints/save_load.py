@@ -21,7 +21,7 @@ from lightning_peft.checkpoints.tensors import fill_own, own_views
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import CheckpointError, TargetError
 from lightning_peft.injection.inject import Injection, attach
-from lightning_peft.injection.registry import find_adapter
+from lightning_peft.injection.registry import find_adapter, registries
 from lightning_peft.injection.report import Report
 from lightning_peft.network.walk import below, plain_name, within
 
@@ -91,6 +91,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> R
         CheckpointError: there is no adapter, it is damaged or was edited, or nothing here can read it.
         PEFTError: the method does not fit the model.
     """
+    for _, _, registry in registries(model):
+        registry.scopes.check_unfolded()  # the base is not itself now
     injection = prepare(model, read_directory(path), name)
     if any(tensor.is_meta for placement in injection.placements for tensor in placement.adapter.state_dict().values()):
         raise CheckpointError(

@@ -19,6 +19,7 @@ saves_output          the backward of its forward_ reads the output
 ===================== ================================================================================================
 """
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_peft.core.adapter_index import AdapterIndex
 from lightning_peft.core.recipes import LowRank, Recipe
-from lightning_peft.errors import NotApplicableError, NotMergeableError
+from lightning_peft.errors import AdapterNameError, NotApplicableError, NotMergeableError
 
 M = TypeVar("M")
 
@@ -54,6 +55,8 @@ class Adapter(nn.Module):
             if parameter is None:
                 parameter = self.get_parameter(name)  # of a module inside
             if parameter.requires_grad != mode:
+                if not mode:
+                    _guard(parameter)
                 parameter.requires_grad_(mode)
 
     def merge(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,6 +120,25 @@ class Adapter(nn.Module):
 
         super()._apply(keep_precision, recurse)
         return self
+
+
+def _guard(parameter: nn.Parameter) -> None:
+    """Let a backward pass fail that has a gradient for ``parameter`` when it does not train any more."""
+    if getattr(parameter, "_peft_guarded", False):
+        return
+    guarded = weakref.ref(parameter)
+
+    def check(gradient: Tensor) -> None:
+        own = guarded()
+        if own is not None and not own.requires_grad:
+            raise AdapterNameError(
+                "A backward pass has a gradient for an adapter that does not train any more: other adapters were "
+                "activated since its forward. Call backward before activate, or use the block: with active(model, "
+                "name)."
+            )
+
+    parameter.register_hook(check)
+    parameter._peft_guarded = True  # type: ignore[attr-defined]  # a copy has neither
 
 
 class Reference(Generic[M]):

@@ -12,7 +12,8 @@ from lightning_peft.injection.scopes import Scope
 def activate(model: nn.Module, *names: str) -> None:
     """Let exactly the adapters ``names`` act and train, in that order. No weight is touched.
 
-    This holds for all threads and tasks, but for what runs within a block of :func:`active` and the like.
+    This holds for all threads and tasks, but for what runs within a block of :func:`active` and the like. A backward
+    pass of a forward before it fails, if it has a gradient for what does not train any more.
 
     Raises:
         AdapterNameError: one of them is not there, or one is folded into the base now.
@@ -38,10 +39,12 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
     """Within the ``with`` block, let exactly the adapters ``names`` act. What trains stays as it is.
 
     This is a matter of the thread, or asyncio task, that enters the block: others see what they have chosen, or what
-    :func:`activate` has set. A backward pass that computes a forward again sees what that saw, wherever it runs. Two
-    tasks that ``await`` within blocks on one thread cannot run compiled code in them: it falls back to eager mode, or
-    raises under ``fullgraph=True``. Compiled code sees the blocks that were entered on its own thread, not those of a
-    context that ``asyncio.to_thread`` hands on, and a model is compiled anew for each set of adapters, up to torch's
+    :func:`activate` has set. A backward pass that computes a forward again sees what that saw: on the thread of the
+    forward, and on any other that has entered no block itself (autograd's numbers tell no threads apart).
+
+    Two tasks that ``await`` within blocks on one thread cannot run compiled code in them: it falls back to eager mode,
+    or raises under ``fullgraph=True``. Compiled code sees the blocks that were entered on its own thread, not those of
+    a context that ``asyncio.to_thread`` hands on, and a model is compiled anew for each set of adapters, up to torch's
     limit of 8. A copy that is made within the block has none.
 
     Raises:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from lightning_peft.components.modules_to_save import plan_modules_to_save, resolve_modules_to_save
 from lightning_peft.core.adapter import CallAdapter, WeightAdapter
 from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, PEFTError
 from lightning_peft.injection.freezing import freeze, unfreeze
-from lightning_peft.injection.modules_to_save import plan_modules_to_save, resolve_modules_to_save
 from lightning_peft.injection.names import slot_name
 from lightning_peft.injection.reads import ReadWeights, plan_reads
 from lightning_peft.injection.registry import AttachedAdapter, Registry, find_adapter, registry_of, set_registry

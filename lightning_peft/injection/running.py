@@ -26,6 +26,7 @@ class RunWatch:
     def __init__(self, owner: nn.Module, registry: Registry) -> None:
         self.registry = registry
         self._open, self._warned = False, False  # whether something is yet to be told, and was told
+        self._passed = False  # whether a whole forward has run since
         self._judged: set[str] = set()  # the adapters that have acted by then
         self._parents: list[tuple[nn.Module, int]] = []  # what holds adapted layers, with its number of children
         self._children: list[tuple[str, set[str]]] = []  # the paths of these, and the names of the children
@@ -44,7 +45,7 @@ class RunWatch:
         found = [(path, module) for path in paths if path and (module := module_at(owner, path)) is not None]
         self._parents = [(module, len(module._modules)) for _, module in found]
         self._children = [(path, set(module._modules)) for path, module in found]
-        self._open = True
+        self._open, self._passed = True, False
 
     def check(self, owner: nn.Module) -> None:
         """Raise if a new layer runs in place of adapted ones, or may do so.
@@ -61,7 +62,7 @@ class RunWatch:
                 del self._grown[path]
                 continue
             has = f"'{path}', which holds adapted layers, has got '{name}' since adapters were attached"
-            if not any(own.ran for own in slots.values()):
+            if not self._passed and not any(own.ran for own in slots.values()):
                 raise NotApplicableError(
                     f"{has} (as fuse_qkv_projections of diffusers does it), and may run that in their place. Undo it; "
                     "or run one batch, which shows whether they still run, and try again."
@@ -116,10 +117,12 @@ class RunWatch:
 
     def _begin(self, owner: nn.Module, args: Any) -> None:
         if not _is_compiling():
+            self.registry.scopes.begin_forward()
             self._look(owner)
 
     def _end(self, owner: nn.Module, args: Any, output: Any) -> None:
         if not _is_compiling():
+            self._passed = True
             self.judge_if_open(owner)
 
 

@@ -186,15 +186,24 @@ class Scopes:
         self._version += 1
         self._see_version(exactly=True)
 
+    def begin_forward(self) -> None:
+        """Note, at the start of a whole forward, that all its nodes are of what acts by default now."""
+        if self._mirror.version != self._version and _graph_task() == -1:
+            self._see_version(exactly=True)
+
     def _see_version(self, exactly: bool) -> None:
         self._mirror.version = self._version
         self._seen[threading.get_ident()] = self._version, torch._C._autograd._get_sequence_nr(), exactly
 
     def _is_of_version(self, number: int) -> bool:
-        """True unless the node ``number``, whichever thread has made it, is older than what acts by default now."""
-        return not self._seen or any(
-            version == self._version and (number >= first or not exactly)
-            for version, first, exactly in list(self._seen.values())
+        """True unless the node ``number`` is older than what acts by default now.
+
+        A thread that has run forwards itself computes its own ones again; for another one, any thread may have made it.
+        """
+        own = self._seen.get(threading.get_ident())
+        seen = list(self._seen.values()) if own is None else [own]
+        return not seen or any(
+            version == self._version and (number >= first or not exactly) for version, first, exactly in seen
         )
 
     def _blocks(self) -> tuple[Scope, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.errors import ConfigError
 from lightning_peft.injection.inject import detach
 from lightning_peft.injection.registry import Registry, find_adapter
 from lightning_peft.merging.dequantize import make_plain
@@ -48,12 +49,15 @@ def merge(
 
     Raises:
         AdapterNameError: there is no such adapter, a route is active, or an adapter is folded in for a while.
+        ConfigError: ``dtype`` is no floating-point dtype.
         NotApplicableError: a layer was replaced after the adapter was attached to it.
         NotMergeableError: a method has no weight form, a weight is shared with another layer, or quantized without
             ``dequantize``, a hook stands in between, or a merged value is not finite.
     """
     prefix, owner, registry = find_adapter(model, name)
     registry.check_settled()
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"merge: dtype must be a floating-point dtype such as torch.float32, not {dtype!r}.")
     options: Any = {"untie": untie, "dequantize": dequantize, "ignore_hooks": ignore_hooks}
     folding = registry.scopes.fold(name)  # no other thread enters a block meanwhile
     try:

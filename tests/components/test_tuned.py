@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_peft import LoRA, activate, active, disabled, inject, merge, merged, remove
 from lightning_peft.checkpoints.ckpt import adapter_keys, adapter_state
+from lightning_peft.components.modules_to_save import resolve_modules_to_save
 from lightning_peft.errors import TargetError
-from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 
 
 class Tagger(nn.Module):

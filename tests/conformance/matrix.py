@@ -20,9 +20,9 @@ from snapshot import Snapshot
 from torch.utils.data import DataLoader
 
 from lightning_peft import PEFTCallback, load_from_checkpoint
+from lightning_peft.components.modules_to_save import resolve_modules_to_save
 from lightning_peft.core.method import Method, registered_methods
 from lightning_peft.errors import NotApplicableError, PEFTError
-from lightning_peft.injection.modules_to_save import resolve_modules_to_save
 
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- matrix -->", "<!-- /matrix -->"

@@ -114,6 +114,16 @@ def test_an_adapter_that_acts_in_a_block_alone_is_looked_at_too() -> None:
         net(x)
 
 
+def test_after_a_batch_the_refusal_says_what_it_has_shown() -> None:
+    net, x = nn.Sequential(Attention()), torch.randn(2, 4)
+    inject(net, LoRA(r=2, target_modules=["to_q", "to_k"]))
+    net[0].fuse()
+    with pytest.warns(UserWarning, match=r"first '0\.to_q'"):
+        net(x)
+    with pytest.raises(NotApplicableError, match="2 of them have not run since"):
+        merge(net)
+
+
 def test_what_is_added_beside_and_changes_nothing_is_no_harm() -> None:
     net, x = nn.Sequential(Attention()), torch.randn(2, 4)
     inject(net, LoRA(r=2))

@@ -187,6 +187,28 @@ def test_activating_between_a_forward_and_its_backward_is_an_error(x: Tensor, re
     loss.backward()
 
 
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_it_is_one_without_checkpointing_and_from_another_thread_too(
+    x: Tensor, reentrant: bool | None, elsewhere: bool
+) -> None:
+    net = _two(reentrant)
+    activate(net, "a")
+    net(x.requires_grad_()).sum().backward()
+    loss = net(x).sum()
+    if elsewhere:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(activate, net, "b").result()
+    else:
+        activate(net, "b")
+    with pytest.raises(AdapterNameError, match="other adapters were activated since"):
+        loss.backward()
+    for name in ("b", "a"):  # what is run from then on is no matter, and a copy is as free
+        activate(net, name)
+        for one in (net, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+            one(x).sum().backward()
+
+
 def test_activating_on_one_thread_does_not_disturb_the_training_of_another(x: Tensor) -> None:
     net = _two(False)
     for _ in range(50):  # so that nodes of this thread have larger numbers

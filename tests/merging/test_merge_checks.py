@@ -10,7 +10,7 @@ from snapshot import Snapshot
 from torch import Tensor, nn
 
 from lightning_peft import IA3, LoRA, activate, inject, merge, merged, remove, save_adapter
-from lightning_peft.errors import NotApplicableError, NotMergeableError
+from lightning_peft.errors import ConfigError, NotApplicableError, NotMergeableError
 
 
 def _net() -> nn.Module:
@@ -152,3 +152,15 @@ def test_a_refused_merge_casts_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_weights_lose_next_to_nothing(dtype: torch.dtype) -> None:
     assert merge(_small(dtype, 0.01)).layers[0].largest_loss < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, "float32", torch.float])
+def test_what_the_model_is_cast_to_first_is_a_floating_point_dtype(dtype: object) -> None:
+    net = _net()
+    if dtype is torch.float32:
+        merge(net, dtype=torch.float32)
+        return
+    before = Snapshot(net)
+    with pytest.raises(ConfigError, match=r"merge: dtype must be a floating-point dtype .* not .*(int8|'float32')"):
+        merge(net, dtype=dtype)  # type: ignore[arg-type]
+    before.assert_same(net)

@@ -1,0 +1,322 @@
+"""However somebody's code reads a layer's weight, it sees what a call of the layer sees."""
+
+import copy
+import functools
+from collections.abc import Callable
+from types import MethodType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from perturbation import adapted
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+
+from lightning_peft import (
+    IA3,
+    OFT,
+    DoRA,
+    LinearProbe,
+    LoRA,
+    activate,
+    inject,
+    merge,
+)
+from lightning_peft.core.method import Method
+from lightning_peft.errors import NotApplicableError
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Reader(nn.Module):
+    """Calls its layer and reads it, each as somebody's code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.fc(x), self.fc.weight)
+
+
+class UnderNoGrad(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = self.fc.weight.norm()
+        return F.linear(self.fc(x), self.fc.weight) + norm
+
+
+class Recomputed(Reader):
+    use_reentrant = False
+
+    def inner(self, x: Tensor) -> Tensor:
+        return F.linear(self.fc(x), self.fc.weight).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x.requires_grad_(), use_reentrant=self.use_reentrant)
+
+
+class Reentrant(Recomputed):
+    use_reentrant = True
+
+
+class ByAnotherName(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        fc = self.fc
+        weight = fc.weight
+        return F.linear(fc(x), weight)
+
+
+class OneByOne(Reader):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.pair:
+            x = F.linear(layer(x), layer.weight)
+        for _, layer in enumerate(self.pair):
+            x = x + layer.weight.sum()
+        x = self.fc(x) + sum(m.weight.sum() for m in (self.fc, self.pair[0]))
+        return x + getattr(self.fc, "bias").sum()  # noqa: B009
+
+
+class Data(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.fc(x), self.fc.weight.data)
+
+
+class ByItsBase(Reader):
+    def forward(self, x: Tensor) -> Tensor:
+        return Reader.forward(self, x)
+
+
+class Cached(Reader):
+    @functools.cached_property
+    def factor(self) -> int:
+        return 2
+
+    @property
+    def norm(self) -> Tensor:
+        return self.fc.weight.norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) / self.norm * self.factor
+
+
+class Pairs(nn.Sequential):
+    """Runs its children by itself, and reads one."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self[0](self[1](x)), self[0].weight)
+
+
+READERS = [
+    *(Reader, UnderNoGrad, Recomputed, Reentrant, ByAnotherName, OneByOne, Data, ByItsBase, Cached, Pairs),
+]
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(r=2, target_modules=".*"), LinearProbe(modules_to_save=["net"])], ids=["LoRA", "whole"]
+)
+@pytest.mark.parametrize("kind", READERS)
+def test_however_it_is_written_gradients_are_those_of_the_merged_weights(kind: type[nn.Module], method: Method) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    net, x = Net(), torch.randn(3, 4)
+    adapted(net, method)
+    output = net(x.clone())
+    output.square().sum().backward()
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.requires_grad and p.grad is not None}
+    twin = copy.deepcopy(net)
+    merge(twin)
+    twin.requires_grad_(True)
+    expected = twin(x.clone())
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    expected.square().sum().backward()
+    for name, gradient in gradients.items():
+        layer, _, rest = name.partition(".peft.default.")
+        own = twin.get_submodule(layer)
+        if rest.startswith("lora"):  # d/dB of W + s B A is s dW Aᵀ
+            adapter = net.get_submodule(f"{layer}.peft.default")
+            weight = own.weight.grad
+            gradient_of = {"lora_B": weight @ adapter.lora_A.T, "lora_A": adapter.lora_B.T @ weight}
+            torch.testing.assert_close(gradient, adapter.scale * gradient_of[rest], rtol=1e-3, atol=1e-3)
+        else:
+            torch.testing.assert_close(gradient, own.get_parameter(rest).grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        LinearProbe(modules_to_save=["fc"]),
+        OFT(block_size=2, target_modules=["fc"]),
+        DoRA(r=2),
+        IA3(target_modules=["fc"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_several_adapters_are_read_as_they_are_called(second: Method, order: str) -> None:
+    class Compared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.fc.weight) - self.fc(x)
+
+    net = Compared()
+    adapted(net, LoRA(r=2, target_modules=["fc"]), "a")
+    adapted(net, second, "b")
+    activate(net, *order)
+    torch.testing.assert_close(net(torch.eye(4)), torch.zeros(4, 4), rtol=0, atol=1e-5)
+
+
+def test_what_a_forward_makes_and_sets_is_kept_wherever_it_is() -> None:
+    class Making(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.extra: nn.Module | None = None
+
+        def step(self, x: Tensor) -> Tensor:
+            self.seen = x
+            return x
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.extra is None:
+                self.extra = nn.Linear(4, 4)
+            self.fc.calls = getattr(self.fc, "calls", 0) + 1
+            self.register_buffer("last", x.detach())
+            self.eval()
+            return F.linear(self.extra(self.fc(self.step(x))), self.fc.weight)
+
+    net, x = nn.Sequential(Making()), torch.randn(2, 4)
+    inject(net, LoRA(r=2))
+    net[0](x)
+    made = net[0].extra
+    assert isinstance(made, nn.Linear)
+    net(x)
+    assert net[0].extra is made
+    assert net[0].fc.calls == 2
+    assert net[0].seen is x
+    assert torch.equal(net[0].last, x)
+    assert not net[0].fc.training
+
+
+def test_a_hook_may_be_put_on_a_layer_within_a_forward_that_reads_it() -> None:
+    class Hooking(Reader):
+        def forward(self, x: Tensor) -> Tensor:
+            handle = self.fc.register_forward_hook(lambda *args: None)
+            output = super().forward(x)
+            handle.remove()
+            return output
+
+    net = adapted(nn.Sequential(Hooking()), LoRA(r=2))
+    expected = net(torch.ones(1, 4))
+    merge(net)
+    torch.testing.assert_close(net(torch.ones(1, 4)), expected)
+
+
+def test_what_a_hook_sets_on_a_reader_for_one_of_its_methods_is_not_missed_silently() -> None:
+    class Late(Reader):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc.register_forward_hook(self.keep)
+
+        def keep(self, module: nn.Module, args: object, output: Tensor) -> None:
+            self.kept = output
+
+        def head(self) -> Tensor:
+            return F.linear(self.kept, self.fc.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.fc(x)
+            return self.head()
+
+    net = nn.Sequential(Late())
+    inject(net, LoRA(r=2))
+    with pytest.raises(NotApplicableError, match=r"has set 'kept' of '0' \(Late\)"):
+        net(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_layer_that_one_reads_and_another_calls_is_called(first: bool) -> None:
+    class Head(nn.Module):
+        def __init__(self, table: nn.Module) -> None:
+            super().__init__()
+            self.table = table
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h @ self.table.weight.T
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            table = nn.Embedding(11, 4)
+            if first:
+                self.head, self.table = Head(table), table
+            else:
+                self.table, self.head = table, Head(table)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.table(ids))
+
+    net, ids = Shared(), torch.randint(11, (2, 3))
+    adapted(net, LoRA(r=2, target_modules=".*"))
+    expected = net(ids)
+    merge(net)
+    torch.testing.assert_close(net(ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [checkpoint_wrapper, lambda module: torch.compile(module, backend="eager")],
+    ids=["checkpointed", "compiled"],
+)
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_torch_has_wrapped_reads_and_is_read(wrap: Callable[[nn.Module], nn.Module], inside: bool) -> None:
+    reader, x = Reader(), torch.randn(2, 4)
+    if inside:
+        reader.fc = wrap(reader.fc)
+    net = adapted(nn.Sequential(reader if inside else wrap(reader)), LoRA(r=2))
+    expected = net(x)
+    merge(net)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_codebook_that_is_written_while_it_is_read_is_refused() -> None:
+    class Quantizer(Reader):
+        def forward(self, x: Tensor) -> Tensor:
+            nearest = torch.cdist(x, self.fc.weight).argmin(1)
+            with torch.no_grad():
+                self.fc.weight[nearest] = 0.9 * self.fc.weight[nearest] + 0.1 * x
+            return F.embedding(nearest, self.fc.weight)
+
+    with pytest.raises(NotApplicableError, match=r"'0' \(Quantizer\) reads the weights of '0\.fc'.* and writes"):
+        inject(nn.Sequential(Quantizer()), LoRA(r=2, target_modules=["fc"]))
+
+
+def test_a_forward_that_was_given_to_one_module_is_read() -> None:
+    def given(self: Reader, x: Tensor) -> Tensor:
+        return F.linear(x, self.fc.weight)
+
+    reader, x = Reader(), torch.randn(2, 4)
+    reader.forward = MethodType(given, reader)  # type: ignore[method-assign]
+    net = adapted(nn.Sequential(reader), LoRA(r=2, target_modules=["fc"]))
+    expected = net(x)
+    merge(net)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
