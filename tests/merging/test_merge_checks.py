@@ -154,12 +154,9 @@ def test_wide_weights_lose_next_to_nothing(dtype: torch.dtype) -> None:
     assert merge(_small(dtype, 0.01)).layers[0].largest_loss < 1e-4
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, "float32", torch.float])
+@pytest.mark.parametrize("dtype", [torch.int8, "float32"])
 def test_what_the_model_is_cast_to_first_is_a_floating_point_dtype(dtype: object) -> None:
     net = _net()
-    if dtype is torch.float32:
-        merge(net, dtype=torch.float32)
-        return
     before = Snapshot(net)
     with pytest.raises(ConfigError, match=r"merge: dtype must be a floating-point dtype .* not .*(int8|'float32')"):
         merge(net, dtype=dtype)  # type: ignore[arg-type]

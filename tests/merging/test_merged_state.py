@@ -20,6 +20,7 @@ from lightning_peft import (
     disabled,
     eject,
     inject,
+    load_adapter,
     merge,
     merged,
     remove,
@@ -56,6 +57,7 @@ CHANGES: dict[str, Callable[[nn.Module, Path], object]] = {
     "merge": lambda net, _: merge(net, "b"),
     "combine": lambda net, _: combine(net, {"a": 1.0, "b": 1.0}, name="c"),
     "save_adapter": lambda net, path: save_adapter(net, path / "b", "b"),
+    "load_adapter": lambda net, path: load_adapter(net, path / "b", "c"),
     "checkpoint": lambda net, _: metadata(net),
     "the same again": lambda net, _: merged(net, "a").__enter__(),
 }
