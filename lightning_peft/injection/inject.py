@@ -14,7 +14,7 @@ from lightning_peft.core.method import Method, Placement
 from lightning_peft.errors import AdapterNameError, ConfigError, NotApplicableError, PEFTError
 from lightning_peft.injection.freezing import freeze, unfreeze
 from lightning_peft.injection.names import slot_name
-from lightning_peft.injection.reads import ReadWeights, plan_reads
+from lightning_peft.injection.reads import ReadWeights, plan_reads, unseen_reads
 from lightning_peft.injection.registry import AttachedAdapter, Registry, find_adapter, registry_of, set_registry
 from lightning_peft.injection.report import Report, report
 from lightning_peft.injection.running import RunWatch
@@ -85,9 +85,10 @@ def plan_injection(model: nn.Module, method: Method, name: str) -> Injection:
             f"There is no memory for the adapters of {method} in {type(model).__name__} ({error}). Choose smaller ones."
         ) from error
     placements = [*plan.placements, *plan_modules_to_save(model, fully_trained)]
+    notes = (*plan.notes, *unseen_reads(model, placements))
     placements += plan_reads(model, placements)
     _check_hosts(model, placements)
-    return Injection(name, method, tuple(fully_trained), tuple(placements), tuple(plan.left_out), tuple(plan.notes))
+    return Injection(name, method, tuple(fully_trained), tuple(placements), tuple(plan.left_out), notes)
 
 
 def attach(model: nn.Module, injection: Injection, acts: bool = True) -> Report:

@@ -15,7 +15,7 @@ from lightning_peft.core.recipes import Recipe
 from lightning_peft.errors import NotApplicableError, NotMergeableError
 from lightning_peft.injection.slots import AdapterSlots
 from lightning_peft.network.quantized.weights import is_quantized
-from lightning_peft.network.reads import reads_of
+from lightning_peft.network.reads import reads_beside, reads_of
 from lightning_peft.network.walk import CHILD, is_wrapper, join, leaf, modules_outside, parent, unwrapped
 
 READS = "reads"
@@ -83,10 +83,7 @@ def plan_reads(model: nn.Module, placements: Sequence[Placement]) -> Iterator[Pl
     Raises:
         NotApplicableError: a reader writes into such a weight, too.
     """
-    adapted: dict[int, tuple[str, nn.Module]] = {}
-    for plain in {placement.path for placement in placements}:
-        host = model.get_submodule(plain)
-        adapted[id(unwrapped(host))] = plain, host
+    adapted = _adapted(model, placements)
     for path, module in modules_outside(model):
         layers = {}
         for read, layer in [] if is_wrapper(module) else reads_of(module):
@@ -104,3 +101,21 @@ def plan_reads(model: nn.Module, placements: Sequence[Placement]) -> Iterator[Pl
             layers[read.path] = layer, host, names
         if layers:
             yield Placement(path, ReadWeights(layers), READS)
+
+
+def unseen_reads(model: nn.Module, placements: Sequence[Placement]) -> list[str]:
+    """Lines for the report: methods beside a forward that read the weights of adapted layers, and see the base's."""
+    adapted = _adapted(model, placements)
+    return [
+        f"{type(module).__name__}.{method} reads the weights of '{adapted[id(layer)][0]}' and is not part of a "
+        "forward: it sees the base's. Read them in a forward."
+        for _, module in modules_outside(model)
+        for method, layer in reads_beside(module)
+        if id(layer) in adapted
+    ]
+
+
+def _adapted(model: nn.Module, placements: Sequence[Placement]) -> dict[int, tuple[str, nn.Module]]:
+    """The path of each adapted layer, by the layer's id, and the module that carries its adapters."""
+    hosts = {placement.path: model.get_submodule(placement.path) for placement in placements}
+    return {id(unwrapped(host)): (path, host) for path, host in hosts.items()}

@@ -132,7 +132,7 @@ class HeldForward(ABC):
         if not changed:
             return
         kind: Any = type(self.host)
-        for name in changed & words_of(kind):
+        for name in changed & words_of(kind) - {"training"}:  # a mode is set for the calls to come
             raise NotApplicableError(
                 f"A hook, or a module below, has set '{name}' of {self.where} while its forward, which reads that, ran "
                 "with other weights and could not see it. Keep that elsewhere than on the module, or leave out what is "

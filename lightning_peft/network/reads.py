@@ -7,6 +7,7 @@ are no reads. Readers outside of the class are not seen, nor methods that others
 
 import ast
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -25,6 +26,7 @@ _QUESTIONS = frozenset(
     {"device", "dim", "dtype", "element_size", "grad", "is_cuda", "is_meta", "is_sparse", "ndim", "numel", "shape"}
     | {"requires_grad", "size", "type", "untyped_storage", "data_ptr", "is_floating_point"}
 )
+_MAKING = re.compile("^_|init|reset|tie|load|save|resize|configure|repr")
 _OTHERS = frozenset({"torch", "builtins", "lightning", "lightning_fabric", "pytorch_lightning", "lightning_peft"})
 
 
@@ -92,18 +94,49 @@ def _reads(kind: type[nn.Module], forward: Any) -> tuple[Read, ...]:
     functions = list(_reached(kind, forward))
     if not any(_TENSORS & _words(function.__code__) for function in functions):
         return ()  # as nearly always; to read the source takes a hundred times as long
-    for function in functions:
-        for parts, changes in _chains(function):
-            at = next((i for i, part in enumerate(parts) if i and part in _TENSORS), None)
-            if at is None:
-                used.add("" if parts[0] in _ALL else ".".join(parts))
-            elif changes:
-                written.add(".".join(parts[:at]))
-            elif not _QUESTIONS.intersection(parts[at + 1 : at + 2]):
-                names.setdefault(".".join(parts[:at]), set()).add(parts[at])
+    for path, name, changes in (found for function in functions for found in _found(function)):
+        if not name:
+            used.add(path)
+        elif changes:
+            written.add(path)
+        else:
+            names.setdefault(path, set()).add(name)
     return tuple(
         Read(path, tuple(sorted(found)), not any(_is_in(path, top) for top in used), path in written)
         for path, found in names.items()
+    )
+
+
+def _found(function: FunctionType) -> Iterator[tuple[str, str, bool]]:
+    """What a function does with modules below: (path, name of a tensor or empty, whether it writes into that)."""
+    for parts, changes in _chains(function):
+        at = next((i for i, part in enumerate(parts) if i and part in _TENSORS), None)
+        if at is None:
+            yield "" if parts[0] in _ALL else ".".join(parts), "", changes
+        elif changes or not _QUESTIONS.intersection(parts[at + 1 : at + 2]):
+            yield ".".join(parts[:at]), parts[at], changes
+
+
+def reads_beside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What methods of somebody's class read that its forward does not come to: (name of the method, module below).
+
+    Methods of transformers, and those that make, tie, load or save weights, are meant to read the base's.
+    """
+    for name, paths in _reads_beside(type(module)) if module._modules else ():  # type: ignore[arg-type]
+        for path in paths:
+            yield from ((name, below) for _, below in _resolved(module, path.split(".")))
+
+
+@cache
+def _reads_beside(kind: Any) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    bases = [base for base in kind.__mro__ if base.__module__.partition(".")[0] not in _OTHERS | {"transformers"}]
+    own = {name: _function(value) for base in reversed(bases) for name, value in vars(base).items()}
+    reached = set(_reached(kind, kind.forward))
+    return tuple(
+        (name, tuple(dict.fromkeys(path for path, tensor, changes in _found(function) if tensor and not changes)))
+        for name, function in own.items()
+        if function is not None and function not in reached and not _MAKING.search(name)
+        if _TENSORS & _words(function.__code__)
     )
 
 

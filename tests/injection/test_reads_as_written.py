@@ -320,3 +320,26 @@ def test_a_forward_that_was_given_to_one_module_is_read() -> None:
     expected = net(x)
     merge(net)
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_method_beside_the_forward_reads_is_told_in_the_report() -> None:
+    class Stepping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.head = Reader(), nn.Linear(4, 2)
+            self.reset_parameters()
+
+        def reset_parameters(self) -> None:
+            nn.init.normal_(self.head.weight)
+
+        def training_step(self, x: Tensor) -> Tensor:
+            return F.linear(self.net(x), self.head.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.net(x))
+
+    report = inject(Stepping(), LoRA(r=2, modules_to_save=["head"]))
+    assert report.notes == (
+        "LoRA 'default': Stepping.training_step reads the weights of 'head' and is not part of a forward: it sees the "
+        "base's. Read them in a forward.",
+    )
