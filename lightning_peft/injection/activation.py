@@ -39,8 +39,8 @@ def active(model: nn.Module, *names: str) -> Iterator[None]:
     """Within the ``with`` block, let exactly the adapters ``names`` act. What trains stays as it is.
 
     This is a matter of the thread, or asyncio task, that enters the block: others see what they have chosen, or what
-    :func:`activate` has set. A backward pass that computes a forward again sees what that saw: on the thread of the
-    forward, and on any other that has entered no block itself (autograd's numbers tell no threads apart).
+    :func:`activate` has set. A backward pass that computes a forward again sees what that saw, on any thread; where
+    parts of ``model`` are called and not itself, on that of the forward, or one that has run nothing of the model.
 
     Two tasks that ``await`` within blocks on one thread cannot run compiled code in them: it falls back to eager mode,
     or raises under ``fullgraph=True``. Compiled code sees the blocks that were entered on its own thread, not those of

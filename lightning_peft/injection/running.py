@@ -31,10 +31,8 @@ class RunWatch:
         self._parents: list[tuple[nn.Module, int]] = []  # what holds adapted layers, with its number of children
         self._children: list[tuple[str, set[str]]] = []  # the paths of these, and the names of the children
         self._grown: dict[str, str] = {}  # of these, what has got a new child since, and its name
-        # The forward of a LightningModule need not be all that it does; whoever runs its steps asks then.
-        if not hasattr(owner, "training_step"):
-            registry.handles.append(owner.register_forward_hook(self._end))
         registry.handles.append(owner.register_forward_pre_hook(self._begin))
+        registry.handles.append(owner.register_forward_hook(self._end))
 
     def start(self, owner: nn.Module) -> None:
         """Watch anew: adapters were attached, or the model has changed."""
@@ -121,7 +119,11 @@ class RunWatch:
             self._look(owner)
 
     def _end(self, owner: nn.Module, args: Any, output: Any) -> None:
-        if not _is_compiling():
+        if _is_compiling():
+            return
+        self.registry.scopes.end_forward(output)
+        # The forward of a LightningModule need not be all that it does; whoever runs its steps asks then.
+        if not hasattr(owner, "training_step"):
             self._passed = True
             self.judge_if_open(owner)
 

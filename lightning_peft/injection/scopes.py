@@ -1,13 +1,11 @@
 """Which adapters act for the code that is running: in this thread, and in this asyncio task.
 
 A scope is entered by ``with active(...)`` and the like; a thread or task that has entered none sees what ``activate``
-has set. A backward pass may compute a forward again (gradient checkpointing), often outside of the block and on one of
-autograd's own threads. It sees what the forward saw, found by the number that autograd gives each node of the graph.
+has set. A backward pass that computes a forward again sees what that saw.
 """
 
 import asyncio
 import threading
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,11 +14,10 @@ from typing import Any
 import torch
 
 from lightning_peft.errors import AdapterNameError
+from lightning_peft.injection.recomputation import Pasts, graph_task
 
 _entered: ContextVar[Mapping["Scopes", tuple["Scope", ...]] | None] = ContextVar("lightning_peft_scopes", default=None)
 _is_compiling = torch.compiler.is_dynamo_compiling
-_graph_task = torch._C._current_graph_task_id
-_KEPT = 2**12  # changes that the history of one thread keeps
 
 
 @dataclass(eq=False)
@@ -56,7 +53,7 @@ class _Mirror(threading.local):
     A dictionary: compiled code silently loses what hooks assign to attributes of a ``threading.local``.
     """
 
-    version = 0
+    version = -1
     """The version of what acts by default that this thread has seen."""
 
     def __init__(self) -> None:  # in each thread that comes
@@ -75,9 +72,8 @@ class Scopes:
         self._folder: tuple[int, int] | None = None  # the task that has folded them in
         self._open: set[Scope] = set()  # the blocks that are open anywhere
         self._mirror = _Mirror()
-        self._history: dict[int, list[tuple[int, Scope | None]]] = {}
+        self._pasts: Pasts[Scope] = Pasts()
         self._version = 0  # how often what acts by default has changed
-        self._seen: dict[int, tuple[int, int, bool]] = {}  # by thread: the version, since which node, and if exactly
 
     def __reduce__(self) -> Any:
         return Scopes, ()
@@ -97,12 +93,14 @@ class Scopes:
         entered = scopes.get(self) if scopes else None
         scope = entered[-1] if entered else None
         # Outside of a backward pass, what runs now is what was called now.
-        if (task := _graph_task()) == -1:
+        if (task := graph_task()) == -1:
             if self._mirror.version != self._version:
                 self._see_version(exactly=False)
             return scope
         entered_in_it = scope is not None and scope.task == task
-        return scope if entered_in_it else self._of_forward()
+        node: Any = None if entered_in_it else torch._C._current_autograd_node()
+        # No node runs in a callback of autograd's, where nothing is computed again.
+        return scope if node is None else self._pasts.scope_of(node, self._version)
 
     def enter(self, scope: Scope) -> None:
         """Let ``scope`` decide from now on, in this thread and task.
@@ -118,7 +116,7 @@ class Scopes:
             with self._lock:
                 self.check_unfolded()
                 self._open.add(scope)
-        scope.task = _graph_task()
+        scope.task = graph_task()
         self._change((*self._blocks(), scope), added=(scope,))
 
     def leave(self, scope: Scope) -> None:
@@ -165,8 +163,7 @@ class Scopes:
 
     def rename(self, old: str, new: str) -> None:
         """Call an adapter by another name in all blocks, those too whose forwards may be computed again."""
-        noted = {scope for history in list(self._history.values()) for _, scope in history if scope is not None}
-        for scope in {*self._open, *noted}:
+        for scope in {*self._open, *self._pasts.scopes()}:
             scope.names = tuple(new if name == old else name for name in scope.names)
 
     def check_unfolded(self) -> None:
@@ -187,24 +184,21 @@ class Scopes:
         self._see_version(exactly=True)
 
     def begin_forward(self) -> None:
-        """Note, at the start of a whole forward, that all its nodes are of what acts by default now."""
-        if self._mirror.version != self._version and _graph_task() == -1:
-            self._see_version(exactly=True)
+        """Note, at the start of a whole forward, that all its nodes are of what acts now."""
+        if graph_task() == -1:
+            # Tasks take turns on a thread, and a context is handed on to others, without a block that is entered.
+            self._pasts.own().note(self.current())
+            if self._mirror.version != self._version:
+                self._see_version(exactly=True)
+
+    def end_forward(self, output: Any) -> None:
+        """Note, at the end of a whole forward, which thread it ran on."""
+        if torch.is_grad_enabled() and graph_task() == -1:
+            self._pasts.sign(output)
 
     def _see_version(self, exactly: bool) -> None:
         self._mirror.version = self._version
-        self._seen[threading.get_ident()] = self._version, torch._C._autograd._get_sequence_nr(), exactly
-
-    def _is_of_version(self, number: int) -> bool:
-        """True unless the node ``number`` is older than what acts by default now.
-
-        A thread that has run forwards itself computes its own ones again; for another one, any thread may have made it.
-        """
-        own = self._seen.get(threading.get_ident())
-        seen = list(self._seen.values()) if own is None else [own]
-        return not seen or any(
-            version == self._version and (number >= first or not exactly) for version, first, exactly in seen
-        )
+        self._pasts.own().note_version(self._version, exactly)
 
     def _blocks(self) -> tuple[Scope, ...]:
         return (_entered.get() or {}).get(self, ())
@@ -216,38 +210,10 @@ class Scopes:
         _entered.set(scopes)
         now, scope = self._mirror.now, entered[-1] if entered else None
         open_here = [*(other for other in now.get("open", ()) if other not in left), *added]
-        _note(self._history, scope, now.get("scope"))
+        if graph_task() == -1:  # what is computed again is not what is asked for
+            self._pasts.own().note(scope)
         # Blocks of other tasks are open on this thread: which of them is running, compiled code cannot ask.
         now.update(scope=scope, open=open_here, shared=any(other not in entered for other in open_here))
-
-    def _of_forward(self) -> Scope | None:
-        """The scope of the forward that a backward pass computes again now."""
-        node: Any = torch._C._current_autograd_node()
-        if node is None:  # a callback of autograd's: nothing is computed again
-            return self._blocks()[-1] if self._blocks() else None
-        number = node._sequence_nr()
-        # Numbers count per thread. A backward on the CPU runs on the thread of its forward; elsewhere it can be any.
-        own = self._history.get(threading.get_ident())
-        among = [own] if own is not None else list(self._history.values())
-        places = [(history, bisect_right(history, number, key=_first) - 1) for history in among]
-        if any(place < 0 for _, place in places):
-            raise AdapterNameError(
-                "A backward pass computes a forward again, and too many blocks of adapters were entered since: call "
-                "backward earlier."
-            )
-        found = {history[place][1] for history, place in places}
-        if len(found) > 1:
-            raise AdapterNameError(
-                "A backward pass computes a forward again, and several threads had made different adapters act. Call "
-                "backward on the thread of the forward."
-            )
-        scope = found.pop() if found else None
-        if scope is None and not self._is_of_version(number):
-            raise AdapterNameError(
-                "A backward pass computes a forward again (gradient checkpointing), and other adapters were activated "
-                "since. Call backward before activate, or use the block: with active(model, name)."
-            )
-        return scope
 
 
 def running_task() -> tuple[int, int]:
@@ -257,26 +223,3 @@ def running_task() -> tuple[int, int]:
     except RuntimeError:  # no loop runs on this thread
         task = None
     return threading.get_ident(), id(task)
-
-
-def _note(histories: dict[int, list[tuple[int, Scope | None]]], now: Scope | None, before: Scope | None) -> None:
-    """Note that nodes of the graph that are made from now on, on this thread, belong to forwards in ``now``."""
-    number, thread = torch._C._autograd._get_sequence_nr(), threading.get_ident()
-    history = histories.get(thread, [(-1, before)])
-    if history[-1][0] > number:  # of a thread that has ended, whose identity this one has got
-        history = [(-1, before)]
-    if history[-1][0] == number:  # no node since the last change, as always where nothing trains
-        history[-1] = number, now
-    else:
-        history.append((number, now))
-    if len(history) > 1 and history[-1][1] is history[-2][1]:
-        history.pop()
-    del history[:-_KEPT]
-    if len(history) == 1 and history[0][1] is None:
-        histories.pop(thread, None)
-    else:
-        histories[thread] = history
-
-
-def _first(entry: tuple[int, Any]) -> int:
-    return entry[0]
