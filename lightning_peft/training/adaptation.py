@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.checkpoints.ckpt import METADATA_KEY, attach_metadata, has_adapters
 from lightning_peft.core.method import Method
@@ -25,6 +25,7 @@ from lightning_peft.training.checks import (
     GradientWatch,
     check_all_is_saved,
     check_all_run,
+    check_loss,
     check_optimizers,
     check_still_there,
 )
@@ -82,6 +83,12 @@ class Adapted(L.LightningModule if TYPE_CHECKING else object):  # type: ignore[m
         super().on_train_start()
         if setup_of(self).frozen_mode == "eval":
             _hold_in_eval(self)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Raise if no adapter took part in the loss."""
+        super().on_before_backward(loss)
+        if has_adapters(self):
+            check_loss(self, loss)
 
     def on_after_backward(self) -> None:
         """Raise after the first backward if an adapter got no gradient."""

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import lightning as L
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.checkpoints.ckpt import adapter_keys
@@ -73,6 +73,16 @@ def check_optimizers(trainer: L.Trainer, module: nn.Module) -> None:
             "Give configure_optimizers all that trains: "
             "torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=...)."
         )
+
+
+def check_loss(module: nn.Module, loss: Tensor) -> None:
+    """Raise if nothing that trains took part in ``loss``.
+
+    Raises:
+        GradientError: nothing did.
+    """
+    if not loss.requires_grad:
+        _raise_if_any([name for name, _ in _trained(module)], module)
 
 
 class GradientWatch:

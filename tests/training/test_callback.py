@@ -9,11 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from project import BuiltInSetup, Project, build_network
 from snapshot import assert_identical
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import lightning_peft as lp
 from lightning_peft import LoRA, PEFTCallback
-from lightning_peft.errors import AdapterNameError, ConfigError, GradientError, OptimizerError
+from lightning_peft.errors import AdapterNameError, ConfigError, OptimizerError
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -182,98 +181,6 @@ def test_a_trainable_parameter_in_no_optimizer_is_an_error_before_the_first_step
 
     with pytest.raises(OptimizerError, match=r"4 of 6 .*net\.0\.peft\.default\.lora_A.*configure_optimizers"):
         trainer(peft).fit(Forgetful(), data, data)
-
-
-def test_an_adapter_without_gradient_is_an_error_after_the_first_backward(data, trainer, peft):
-    class Unused(Project):
-        def build(self) -> None:
-            super().build()
-            self.spare = nn.Linear(16, 16)
-            self.steps = 0
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            self.steps += 1
-            return super().training_step(batch, batch_idx)
-
-    class UnusedBlock(Unused):
-        def build(self) -> None:
-            super().build()
-            self.spare = nn.Sequential(nn.Linear(16, 16))
-
-    with pytest.raises(GradientError, match=r"exclude_modules=\['spare\.0'\]"):  # not '0', which is in net, too
-        trainer(PEFTCallback(LoRA(r=4), show=False)).fit(UnusedBlock(), data, data)
-    model = Unused()
-    with pytest.raises(GradientError, match=r"'spare': that layer did not run.*exclude_modules=\['spare'\]"):
-        trainer(peft).fit(model, data, data)
-    assert model.steps == 1
-    trainer(PEFTCallback(LoRA(r=4, exclude_modules=["spare"]), show=False)).fit(Unused(), data, data)
-
-
-def test_an_output_that_is_detached_is_told_from_a_layer_that_did_not_run(data, trainer, peft):
-    class Detaching(Project):
-        def build(self) -> None:
-            super().build()
-            self.spare = nn.Linear(16, 16)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x + self.spare(x).detach())
-
-    with pytest.raises(GradientError, match=r"'spare': the loss does not depend on that layer's output"):
-        trainer(peft).fit(Detaching(), data, data)
-
-
-def test_where_nothing_trains_a_layer_that_did_not_run_is_a_warning_once(data, trainer):
-    class Unused(Project):
-        def build(self) -> None:
-            super().build()
-            self.spare = nn.Linear(16, 16)
-
-    for stage in ("validate", "test", "predict"):
-        with pytest.warns(UserWarning, match=r"have not run in a forward of Unused: 1, first 'spare'") as told:
-            getattr(trainer(PEFTCallback(LoRA(r=4), show=False)), stage)(Unused(), data)
-        assert sum("have not run" in str(warning.message) for warning in told) == 1
-
-
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # torch's own hint of it
-def test_reentrant_checkpointing_of_a_frozen_base_is_an_error_and_the_other_kind_trains(data, trainer):
-    class Checkpointed(Project):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net[5](checkpoint(self.net[:5], x, use_reentrant=self.reentrant))
-
-    for reentrant in (True, False):
-        model = Checkpointed()
-        model.reentrant = reentrant
-        fitting = trainer(PEFTCallback(LoRA(r=4), show=False))
-        if reentrant:
-            with pytest.raises(GradientError, match=r"2 of its layers, first 'net\.0'.*does not depend"):
-                fitting.fit(model, data, data)
-        else:
-            fitting.fit(model, data, data)
-            assert model.net[0].peft.default.lora_B.abs().sum() > 0
-
-
-def test_in_manual_optimization_all_backwards_of_the_first_step_count(data, trainer, peft):
-    class TwoLosses(Project):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-            self.other = nn.Linear(16, 8)
-
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-            if self.use_other:
-                self.manual_backward(nn.functional.cross_entropy(self.other(batch[0]), batch[1]))
-            optimizer.step()
-
-    model = TwoLosses()
-    model.use_other = True
-    trainer(peft).fit(model, data, data)
-    lazy = TwoLosses()
-    lazy.use_other = False
-    with pytest.raises(GradientError, match="'other'"):
-        trainer(PEFTCallback(LoRA(r=4), show=False)).fit(lazy, data, data)
 
 
 def test_a_network_built_anew_at_each_stage_is_an_error_not_a_loss(data, trainer, peft):
