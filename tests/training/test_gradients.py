@@ -57,7 +57,7 @@ def test_a_loss_without_any_adapter_is_an_error_before_the_first_backward(data, 
 
     reason = "does not depend on" if called else "did not run"
     with pytest.raises(GradientError, match=rf"at 3 of its layers, first 'net\.0': .*{reason}"):
-        trainer(peft).fit(Elsewhere(), data)
+        trainer(peft, num_sanity_val_steps=0).fit(Elsewhere(), data, data)
 
 
 def test_where_nothing_trains_a_layer_that_did_not_run_is_a_warning_once(data, trainer):
